@@ -1,0 +1,1 @@
+"""Secateurs on onnxruntime: export, and the checks of latency, memory and accuracy on the file that ships."""

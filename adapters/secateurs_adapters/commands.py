@@ -1,0 +1,272 @@
+"""Sub-commands of `secateurs`. Light: what a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from secateurs.errors import BudgetError, DataError, PluginError, RecipeError, UserError, unknown_name
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from secateurs.budget import Budget
+    from secateurs.data import Dataset
+    from secateurs.interfaces import Metric, ProgressEvent
+    from secateurs.report import BudgetRow, Estimate, Report, TargetFigures, TargetRatios
+    from secateurs.settings import TargetSettings
+
+__all__ = ["load_budget", "load_evaluation", "validate", "verdict_table"]
+
+
+def validate(
+    baseline: Annotated[Path, typer.Argument(metavar="BASELINE.onnx", help="The file before pruning.")],
+    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE.onnx", help="The file to judge.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SPEC", help="Labelled evaluation data: an .npz, or a YAML or JSON file with `source: npz`."
+        ),
+    ] = None,
+    budget: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML file with limits, e.g. `latency_ratio: 0.8`.")
+    ] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Execution provider; may be repeated.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="accuracy, top5-accuracy or f1-macro.")] = "accuracy",
+    threads: Annotated[int, typer.Option(help="Intra-op threads.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Examples per run.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")] = False,
+) -> None:
+    """Check a file against the one it replaces: latency, memory, size and accuracy, within a budget.
+
+    Without data, seeded inputs are made from the file's signature, and the report tells the share on which both files
+    agree.
+    """
+    limits = load_budget(budget)
+    targets = _targets(provider or ["CPUExecutionProvider"], threads, batch_size)
+    evaluation = load_evaluation(data)
+    try:
+        from secateurs_adapters.validate import validate_files
+    except ImportError as error:
+        raise PluginError(
+            f"`secateurs validate` needs {error.name}, which is not installed; pip install 'secateurs[onnx]'."
+        ) from None
+    report = validate_files(
+        baseline,
+        candidate,
+        targets=targets,
+        budget=limits,
+        evaluation=evaluation,
+        metric=_metric(metric),
+        progress=_tell,
+    )
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+    else:
+        _print(report)
+    raise typer.Exit(0 if report.verdict == "pass" else 1)
+
+
+def load_budget(path: Path | None) -> Budget:
+    """Read a budget file: the limits themselves, or a recipe's `budget` section. None is a budget without limits.
+
+    Raises:
+        BudgetError: the file is missing, is not YAML, or names an unknown limit.
+    """
+    from secateurs.budget import parse_budget
+
+    content = {} if path is None else _mapping(path, "budget", BudgetError)
+    section = content.get("budget", content)
+    if not isinstance(section, Mapping):
+        raise BudgetError(f"`budget` in {str(path)!r} is {section!r}; it needs limits, such as `latency_ratio: 0.8`.")
+    return parse_budget(section)
+
+
+def load_evaluation(path: Path | None) -> Dataset | None:
+    """Read evaluation data; None where none is asked for.
+
+    Args:
+        path: an .npz with one array per graph input, by its name, and an array `labels`; or a YAML or JSON file that
+            says what a recipe says of a role: `source`, `samples` and the source's own options.
+
+    Raises:
+        RecipeError: the specification is not readable, names an unknown source, or has unknown keys.
+        DataError: the data is missing or malformed.
+    """
+    if path is None:
+        return None
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    from secateurs.data import stratified_split
+    from secateurs.manager import create_manager
+    from secateurs.recipe import settings_from
+
+    options = _mapping(path, "data specification", RecipeError)
+    if "source" not in options:
+        raise RecipeError(f"{str(path)!r} has no `source`; name a registered data source, such as `source: npz`.")
+    entry = create_manager().registries.datasets[str(options.pop("source"))]
+    samples = options.pop("samples", None)
+    data = entry.load()(settings_from(entry.load_settings(), options, str(path)))
+    return data if samples is None else data.take(stratified_split(data.labels, [samples], len(data), 0)[0])
+
+
+def verdict_table(report: Report) -> Table:
+    """Return the report as a table: baseline, candidate, ratio, budget and verdict, one quantity per row."""
+    from rich.table import Table
+
+    table = Table("", "baseline", "candidate", "ratio", "budget", "verdict")
+    before, after, ratios = report.baseline, report.candidate, report.ratios
+    pairs: list[tuple[str, str, str, str, str | None, tuple[str, ...]]] = [
+        ("weights", _size(before.weight_bytes), _size(after.weight_bytes), "", None, ()),
+        (
+            "size",
+            _size(before.artifact_bytes),
+            _size(after.artifact_bytes),
+            _number(ratios.artifact_bytes),
+            None,
+            ("artifact_",),
+        ),
+    ]
+    for first, second, ratio in zip(before.targets, after.targets, ratios.targets, strict=True):
+        label = f"{first.provider} batch {first.batch_size}"
+        pairs += [
+            (f"{name}, {label}", *cells, label, limits) for name, *cells, limits in _target_cells(first, second, ratio)
+        ]
+    shown = set()
+    for name, one, other, ratio_text, target, limits in pairs:
+        rows = [row for row in report.budget if limits and row.name.startswith(limits) and row.target == target]
+        shown |= {id(row) for row in rows}
+        table.add_row(name, one, other, ratio_text, *_budget_cells(rows))
+    for row in report.budget:
+        if id(row) not in shown:
+            table.add_row(row.name, "", _number(row.measured), "", *_budget_cells([row]))
+    return table
+
+
+def _target_cells(first: TargetFigures, second: TargetFigures, ratios: TargetRatios) -> list[tuple[Any, ...]]:
+    """Return name, baseline, candidate, ratio and the prefixes of the limits on it, for each quantity of one target."""
+    latency = ["" if one.latency_ms is None else f"{one.latency_ms.p50:.4g} ms" for one in (first, second)]
+    cells: list[tuple[Any, ...]] = [
+        ("latency p50", *latency, _estimate(ratios.latency_p50), ("latency_",)),
+        (
+            "peak memory",
+            _size(first.peak_memory_bytes),
+            _size(second.peak_memory_bytes),
+            _number(ratios.peak_memory),
+            ("peak_memory_",),
+        ),
+        (
+            "activations (profiled)",
+            _size(first.activation_bytes_profiled),
+            _size(second.activation_bytes_profiled),
+            "",
+            (),
+        ),
+    ]
+    if first.accuracy is not None and second.accuracy is not None:
+        drop = f"drop {_estimate(ratios.accuracy_drop)}"
+        cells.append(
+            (first.accuracy.metric, _number(first.accuracy.value), _number(second.accuracy.value), drop, ("accuracy_",))
+        )
+    if ratios.agreement is not None:
+        cells.append(("agreement (no labels)", "", _number(ratios.agreement), "", ()))
+    return cells
+
+
+def _budget_cells(rows: list[BudgetRow]) -> tuple[str, str]:
+    colours = {"pass": "green", "fail": "red", "undecided": "yellow"}
+    limits = "\n".join(f"{row.name} \u2264 {row.limit:g}" for row in rows)
+    statuses = "\n".join(
+        f"[{colours[row.status]}]{row.status}[/]" + (f" ({row.reason})" if row.reason else "") for row in rows
+    )
+    return limits, statuses
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(verdict_table(report))
+    for reason in report.reasons:
+        console.print(f"fails: {reason}", markup=False)
+    console.print(f"verdict: {report.verdict}", markup=False)
+
+
+def _tell(event: ProgressEvent) -> None:
+    typer.echo(f"{event.task}: {event.detail}", err=True)
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4g}"
+
+
+def _estimate(value: Estimate | None) -> str:
+    if value is None or value.ci95 is None:
+        return _number(None if value is None else value.value)
+    return f"{value.value:.4g} \\[{value.ci95[0]:.4g}, {value.ci95[1]:.4g}]"
+
+
+def _size(value: int | None) -> str:
+    return "not measured" if value is None else f"{value / 2**20:.3f} MiB"
+
+
+def _targets(providers: list[str], threads: int, batch_size: int) -> list[TargetSettings]:
+    from pydantic import ValidationError
+
+    from secateurs.settings import TargetSettings
+
+    try:
+        return [
+            TargetSettings.model_validate({"provider": name, "threads": threads, "batch_size": batch_size})
+            for name in providers
+        ]
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise RecipeError(f"`--{option}`: {first['msg']} (got {first['input']!r}); give another value.") from None
+
+
+def _metric(name: str) -> Metric:
+    from secateurs_adapters import metrics
+
+    known: dict[str, Metric] = {one.name: one for one in (metrics.accuracy, metrics.top5_accuracy, metrics.f1_macro)}
+    if name not in known:
+        raise RecipeError(unknown_name("metric", name, known))
+    return known[name]
+
+
+def _mapping(path: Path, kind: str, error: type[UserError]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as cause:
+        said = (str(cause).splitlines() or [type(cause).__name__])[0]
+        raise error(f"the {kind} {str(path)!r} cannot be read: {said}; give a YAML or JSON file.") from None
+    if not isinstance(content, dict):
+        raise error(f"the {kind} {str(path)!r} holds {type(content).__name__}; it needs `key: value` lines.")
+    return content
+
+
+def _read_npz(path: Path) -> Dataset:
+    import numpy as np
+
+    from secateurs.data import Dataset
+
+    if not path.is_file():
+        raise DataError(f"the data file {str(path)!r} is missing; give an .npz that exists.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{str(path)!r} is not a readable .npz ({type(error).__name__}); write it with numpy.savez."
+        ) from None
+    labels = arrays.pop("labels", None)
+    return Dataset(arrays, labels, f"npz:{path}")

@@ -1,0 +1,217 @@
+"""Memory of a file: measured on the process that runs it, and profiled inside onnxruntime.
+
+*Measured*: a fresh process loads one file with onnxruntime's default arena and memory pattern, runs it, and reads its
+own peak. The same process with a one-node model is subtracted, which leaves what the file needs: weights, packed
+weights, activations, scratch, inputs and outputs. The peak is of anonymous memory, because file-backed pages are
+mostly onnxruntime's own code, which the system may drop and share.
+
+*Profiled*: the largest `mem_in_use_peak` of any node, from onnxruntime's profile with the arena on and the memory
+pattern off, in a session of its own. It holds activations, packed weights and scratch, without the caller's inputs. It
+counts the arena's chunks, which may be up to twice as large as the tensor in them (6.0 MB lie in a chunk of 8.4 MB).
+
+Run as `python -m secateurs_adapters.memory REQUEST.json` this module is the measuring process; it then imports numpy
+and onnxruntime only.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from secateurs_adapters.session import CPU, Session, SessionOptions, in_fresh_process, seeded_inputs, serve
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from secateurs.settings import TargetSettings
+
+__all__ = ["MemoryFigures", "measure_memory", "profile_memory"]
+
+RUNS = 3
+"""Runs per process; the memory pattern takes its memory at the second."""
+_HOST_PROVIDERS = (
+    CPU,
+    "XnnpackExecutionProvider",
+    "DnnlExecutionProvider",
+    "ACLExecutionProvider",
+    "AzureExecutionProvider",
+)
+_STATUS = Path("/proc/self/status")
+_KIB = 1024
+
+
+@dataclass(frozen=True)
+class MemoryFigures:
+    """What one file needs beyond a one-node model, bytes; None where it was not measured.
+
+    Attributes:
+        peak_memory_bytes: peak of anonymous memory.
+        resident_memory_bytes: peak of the resident set, with file-backed pages.
+        reason: why something was not measured, or how it was approximated; empty otherwise.
+    """
+
+    peak_memory_bytes: int | None
+    resident_memory_bytes: int | None
+    reason: str = ""
+
+
+def measure_memory(paths: Sequence[Path], settings: TargetSettings, *, seed: int = 0) -> list[MemoryFigures]:
+    """Measure each file in fresh processes of its own, medians over `settings.memory_repeats`, interleaved.
+
+    Args:
+        paths: the files.
+        settings: provider, threads, batch size, repeats.
+        seed: of the inputs.
+
+    Returns:
+        One entry per file, in order.
+
+    Raises:
+        SecateursError: a process failed.
+    """
+    if settings.provider not in _HOST_PROVIDERS:
+        reason = f"{settings.provider} keeps its tensors in device memory, which the process's own memory does not show"
+        return [MemoryFigures(None, None, reason) for _ in paths]
+    with tempfile.TemporaryDirectory(prefix="secateurs-") as folder:
+        base = Path(folder) / "base.onnx"
+        _write_base(base)
+        files = [base, *(path.resolve() for path in paths)]
+        answers: list[list[dict[str, Any]]] = [[] for _ in files]
+        for _ in range(settings.memory_repeats):
+            for file, found in zip(files, answers, strict=True):
+                found.append(in_fresh_process("secateurs_adapters.memory", _request("resident", file, settings, seed)))
+    peaks, residents = ([_median(found, key) for found in answers] for key in ("anonymous", "resident"))
+    reason = str(answers[0][0]["reason"])
+    return [
+        MemoryFigures(_above(peak, peaks[0]), _above(resident, residents[0]), reason)
+        for peak, resident in zip(peaks[1:], residents[1:], strict=True)
+    ]
+
+
+def profile_memory(path: Path, settings: TargetSettings, *, seed: int = 0) -> int | None:
+    """Return the peak of onnxruntime's arena during one run of the file, bytes.
+
+    None where this onnxruntime does not report it (before 1.28).
+    """
+    peak = in_fresh_process("secateurs_adapters.memory", _request("profile", path.resolve(), settings, seed))["peak"]
+    return None if peak is None else int(peak)
+
+
+def _request(task: str, path: Path, settings: TargetSettings, seed: int) -> dict[str, Any]:
+    return {
+        "task": task,
+        "file": str(path),
+        "provider": settings.provider,
+        "options": settings.options,
+        "threads": settings.threads,
+        "batch_size": settings.batch_size,
+        "seed": seed,
+    }
+
+
+def _median(answers: Sequence[Mapping[str, Any]], key: str) -> int | None:
+    values = [answer[key] for answer in answers if answer[key] is not None]
+    return int(statistics.median(values)) if values else None
+
+
+def _above(value: int | None, base: int | None) -> int | None:
+    return None if value is None or base is None else max(0, value - base)
+
+
+def _write_base(path: Path) -> None:
+    """Write a model of one Relu, the least that makes onnxruntime load and run."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    shape = ["batch", 1]
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "base",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+
+
+def _measure_here(request: dict[str, Any]) -> Mapping[str, Any]:
+    return _resident(request) if request["task"] == "resident" else _profile(request)
+
+
+def _options(request: Mapping[str, Any], **more: Any) -> SessionOptions:
+    return SessionOptions(
+        provider=request["provider"], threads=request["threads"], provider_options=request["options"], **more
+    )
+
+
+def _run(session: Session, request: Mapping[str, Any], times: int) -> None:
+    feeds = seeded_inputs(session, request["batch_size"], request["seed"])
+    for _ in range(times):
+        session.run(feeds)
+
+
+def _resident(request: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Load and run the file in this process and read its peak from the kernel, bytes."""
+    gc.collect()
+    reason = _reset_peak()
+    session = Session(Path(request["file"]), _options(request))
+    _run(session, request, RUNS)
+    return _linux_peak(reason) if _STATUS.exists() else _portable_peak()
+
+
+def _reset_peak() -> str:
+    """Make the kernel forget the peak of the imports; return why it could not, if so."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return "the peak includes the imports, since the kernel does not let it be reset"
+    return ""
+
+
+def _linux_peak(reason: str) -> Mapping[str, Any]:
+    fields = dict(
+        line.split(":", 1) for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines() if ":" in line
+    )
+    peak, anonymous, mapped, shared = (
+        int(fields[key].split()[0]) * _KIB for key in ("VmHWM", "RssAnon", "RssFile", "RssShmem")
+    )
+    return {"anonymous": max(anonymous, peak - mapped - shared), "resident": peak, "reason": reason}
+
+
+def _portable_peak() -> Mapping[str, Any]:
+    """Read what psutil knows where there is no /proc: memory at the end instead of its peak."""
+    try:
+        import psutil
+    except ImportError:
+        return {"anonymous": None, "resident": None, "reason": "memory needs /proc, or the package psutil"}
+    process = psutil.Process()
+    resident = getattr(process.memory_info(), "peak_wset", process.memory_info().rss)
+    reason = (
+        "memory that is the process's own at the end, not its peak: this system reports no peak of anonymous memory"
+    )
+    return {"anonymous": process.memory_full_info().uss, "resident": resident, "reason": reason}
+
+
+def _profile(request: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Run the file once with the profiler on, and return the largest peak of any node's arena, bytes."""
+    with tempfile.TemporaryDirectory(prefix="secateurs-") as folder:
+        session = Session(
+            Path(request["file"]), _options(request, memory_pattern=False, profile=Path(folder) / "profile")
+        )
+        _run(session, request, 1)
+        events = json.loads(session.end_profiling().read_text(encoding="utf-8"))
+    peaks = [
+        int(event["args"].get("mem_in_use_peak", -1))
+        for event in events
+        if event.get("cat") == "Node" and "args" in event
+    ]
+    return {"peak": max((peak for peak in peaks if peak >= 0), default=None)}
+
+
+if __name__ == "__main__":
+    serve(_measure_here, sys.argv[1:])

@@ -1,0 +1,102 @@
+"""Figures of merit of classifiers: accuracy, top-5 accuracy and macro F1."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from secateurs.errors import DataError
+
+__all__ = ["Accuracy", "F1Macro", "TopFiveAccuracy", "accuracy", "f1_macro", "top5_accuracy"]
+
+Array = npt.NDArray[Any]
+
+
+class Accuracy:
+    """Share of examples whose largest score is the label's; classes on the last axis.
+
+    Labels with an axis more than one per example (one per token, say) give the share over all labels.
+
+    >>> import numpy as np
+    >>> Accuracy().value(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 0]))
+    0.5
+    """
+
+    name: str = "accuracy"
+    higher_is_better: bool = True
+    top: int = 1
+
+    def per_example(self, outputs: Array, labels: Array) -> npt.NDArray[np.bool_] | None:
+        """Return whether each example is right, or None where there are several labels per example."""
+        hits = self._hits(outputs, labels)
+        return hits if hits.ndim == 1 else None
+
+    def value(self, outputs: Array, labels: Array) -> float:
+        """Return the share of labels that are right, in [0, 1]."""
+        return float(self._hits(outputs, labels).mean())
+
+    def _hits(self, outputs: Array, labels: Array) -> npt.NDArray[np.bool_]:
+        _check(self.name, outputs, labels)
+        if self.top == 1:
+            return np.asarray(outputs.argmax(-1) == labels, dtype=np.bool_)
+        # Ranked stably, so that ties go to the lower class as argmax has it.
+        best = np.argsort(-outputs, axis=-1, kind="stable")[..., : self.top]
+        return np.asarray((best == labels[..., None]).any(-1), dtype=np.bool_)
+
+
+class TopFiveAccuracy(Accuracy):
+    """Share of examples whose label is among the five largest scores."""
+
+    name: str = "top5-accuracy"
+    top: int = 5
+
+
+class F1Macro:
+    """Mean over classes of the harmonic mean of precision and recall.
+
+    A class in neither labels nor predictions does not count.
+    """
+
+    name: str = "f1-macro"
+    higher_is_better: bool = True
+
+    def per_example(self, outputs: Array, labels: Array) -> npt.NDArray[np.bool_] | None:  # noqa: ARG002
+        """Return None: it is not a mean over examples."""
+        return None
+
+    def value(self, outputs: Array, labels: Array) -> float:
+        """Return the macro F1 in [0, 1], by torchmetrics."""
+        _check(self.name, outputs, labels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import torch
+            from torchmetrics.functional.classification import multiclass_f1_score
+
+            predicted = torch.from_numpy(outputs.argmax(-1).reshape(-1))
+            truth = torch.from_numpy(labels.reshape(-1).astype(np.int64))
+            return float(multiclass_f1_score(predicted, truth, num_classes=outputs.shape[-1], average="macro"))
+
+
+accuracy = Accuracy()
+top5_accuracy = TopFiveAccuracy()
+f1_macro = F1Macro()
+
+
+def _check(name: str, outputs: Array, labels: Array) -> None:
+    if labels.dtype.kind not in "iub":
+        raise DataError(
+            f"metric {name!r} needs integer class labels, got {labels.dtype}; give the class index of each example."
+        )
+    if outputs.ndim < 2 or outputs.shape[:-1] != labels.shape or outputs.shape[-1] < 2:
+        raise DataError(
+            f"metric {name!r} needs outputs of shape (*labels, classes) with at least 2 classes, got outputs "
+            f"{outputs.shape} and labels {labels.shape}; choose another metric, or return class scores first."
+        )
+    if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[-1]:
+        raise DataError(
+            f"metric {name!r}: labels go from {labels.min()} to {labels.max()}, but the network has "
+            f"{outputs.shape[-1]} classes; labels must lie in 0 to {outputs.shape[-1] - 1}."
+        )

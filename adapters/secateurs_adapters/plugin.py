@@ -1,0 +1,98 @@
+"""Entry point of the adapters: registers what they bring, by name; imports nothing that is heavy.
+
+Listed under the entry-point group `secateurs`. Everything is a `"module:attribute"` string and imported at first use, so
+that a missing onnxruntime or scikit-learn breaks only what needs it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from secateurs import hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from secateurs.interfaces import DatasetLoader, Exporter, Metric, ModelLoader, Target
+    from secateurs.registry import Registrar
+    from secateurs.report import Report
+
+PROVIDERS = {
+    "CPUExecutionProvider": "CPUs, everywhere",
+    "CUDAExecutionProvider": "NVIDIA GPUs",
+    "TensorrtExecutionProvider": "NVIDIA GPUs through TensorRT",
+    "OpenVINOExecutionProvider": "Intel CPUs, GPUs and NPUs",
+    "XnnpackExecutionProvider": "Arm and x86 CPUs, mobile",
+    "CoreMLExecutionProvider": "Apple devices",
+    "QNNExecutionProvider": "Qualcomm NPUs",
+    "DmlExecutionProvider": "GPUs on Windows through DirectML",
+}
+"""What each execution provider runs on."""
+
+
+@hookimpl
+def secateurs_register_models(register: Registrar[ModelLoader]) -> None:
+    """Register the loader of factories."""
+    register(
+        "factory",
+        "secateurs_adapters.models:load_factory",
+        summary="`module:function` beside the recipe or installed, called with `arguments`",
+    )
+
+
+@hookimpl
+def secateurs_register_datasets(register: Registrar[DatasetLoader]) -> None:
+    """Register the data sources with their options."""
+    sources = {
+        "digits": ("Digits", "scikit-learn's 8x8 handwritten digits"),
+        "npz": ("Npz", "arrays written with numpy.savez: images and labels, or named inputs"),
+        "image_folder": ("ImageFolder", "one sub-folder of images per class"),
+        "tsv": ("Tsv", "tab-separated texts and labels, tokenised"),
+    }
+    for name, (model, summary) in sources.items():
+        register(
+            name,
+            f"secateurs_adapters.datasets:load_{name}",
+            summary=summary,
+            settings=f"secateurs_adapters.data_settings:{model}Settings",
+        )
+
+
+@hookimpl
+def secateurs_register_exporters(register: Registrar[Exporter]) -> None:
+    """Register the exporter."""
+    register("dynamo", "secateurs_adapters.export:DynamoExporter", summary="torch.onnx.export(dynamo=True), checked")
+
+
+@hookimpl
+def secateurs_register_targets(register: Registrar[Target]) -> None:
+    """Register onnxruntime's execution providers; whether one is available shows when a run checks it."""
+    for name, summary in PROVIDERS.items():
+        register(name, "secateurs_adapters.validate:OnnxRuntimeTarget", summary=summary)
+
+
+@hookimpl
+def secateurs_register_metrics(register: Registrar[Metric]) -> None:
+    """Register the metrics of classifiers."""
+    register("accuracy", "secateurs_adapters.metrics:Accuracy", summary="share of examples classified rightly")
+    register(
+        "top5-accuracy",
+        "secateurs_adapters.metrics:TopFiveAccuracy",
+        summary="share of examples whose label is among the five largest scores",
+    )
+    register("f1-macro", "secateurs_adapters.metrics:F1Macro", summary="F1 averaged over classes")
+
+
+@hookimpl
+def secateurs_register_commands(register: Registrar[Callable[..., Any]]) -> None:
+    """Register the sub-commands."""
+    register("validate", "secateurs_adapters.commands:validate", summary="compare two ONNX files and judge a budget")
+
+
+@hookimpl
+def secateurs_after_run(report: Report, folder: Path) -> None:
+    """Draw `report.html` into the output folder."""
+    from secateurs_adapters.report_html import write_report_page
+
+    write_report_page(report, folder)

@@ -1,0 +1,405 @@
+"""The only door to onnxruntime, free of torch: guarded providers, sessions, their inputs, and fresh processes.
+
+onnxruntime falls back to the CPU with no more than a warning when a provider cannot be had. Here a provider that is
+not available is refused before a session is built, and a session reports which providers its nodes were really
+assigned to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from secateurs import errors
+from secateurs.errors import DataError, ProviderError, SecateursError, unknown_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+__all__ = [
+    "CPU",
+    "Session",
+    "SessionOptions",
+    "TensorSpec",
+    "check_provider",
+    "in_fresh_process",
+    "run_dataset",
+    "seeded_inputs",
+    "serve",
+]
+
+Array = npt.NDArray[Any]
+
+CPU = "CPUExecutionProvider"
+DEFAULT_DIMENSION = 16
+"""What a symbolic dimension other than the batch is bound to in seeded inputs."""
+
+_GPU_WHEEL = "onnxruntime-gpu (the extra `onnx-gpu`; it replaces onnxruntime)"
+_WHEELS = {
+    "CUDAExecutionProvider": _GPU_WHEEL,
+    "TensorrtExecutionProvider": _GPU_WHEEL,
+    "OpenVINOExecutionProvider": "onnxruntime-openvino",
+    "QNNExecutionProvider": "onnxruntime-qnn",
+    "DmlExecutionProvider": "onnxruntime-directml",
+    "MIGraphXExecutionProvider": "onnxruntime-migraphx",
+    "CANNExecutionProvider": "onnxruntime-cann",
+    "CoreMLExecutionProvider": "onnxruntime on macOS",
+}
+_DEVICES = {
+    "CUDAExecutionProvider": "cuda",
+    "TensorrtExecutionProvider": "cuda",
+    "DmlExecutionProvider": "dml",
+    "CANNExecutionProvider": "cann",
+}
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(bool)": np.bool_,
+} | {
+    f"tensor({name})": np.dtype(name).type
+    for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+}
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How a session is built; always sequential, one inter-op thread, and no spinning threads.
+
+    Attributes:
+        provider: execution provider.
+        threads: intra-op threads.
+        provider_options: passed to the provider.
+        memory_pattern: plan the arena from the second run on (onnxruntime's default; it about doubles what the arena
+            holds).
+        memory_arena: allocate CPU tensors from an arena (onnxruntime's default).
+        profile: prefix of the profile that the session writes; None profiles nothing.
+        record_assignment: remember which provider each node was assigned to.
+    """
+
+    provider: str = CPU
+    threads: int = 1
+    provider_options: Mapping[str, Any] = field(default_factory=dict)
+    memory_pattern: bool = True
+    memory_arena: bool = True
+    profile: Path | None = None
+    record_assignment: bool = False
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, element type and shape of a graph input; a symbolic dimension is its name, an unknown one None."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]
+
+
+def check_provider(name: str) -> None:
+    """Refuse an execution provider that cannot be had here.
+
+    Raises:
+        ProviderError: the name is unknown, or this onnxruntime was built without the provider.
+    """
+    available = onnxruntime.get_available_providers()
+    if name in available:
+        return
+    known = onnxruntime.get_all_providers()
+    if name not in known:
+        short = name.lower().removesuffix("executionprovider")
+        meant = [full for full in known if full.lower() == f"{short}executionprovider"]
+        if meant:
+            raise ProviderError(f"unknown execution provider {name!r}. Did you mean {meant[0]!r}?")
+        raise ProviderError(unknown_name("execution provider", name, known))
+    wheel = _WHEELS.get(name, "an onnxruntime that was built with it")
+    raise ProviderError(
+        f"execution provider {name!r} is not available here. Available: {', '.join(available)}. To use it, install "
+        f"{wheel}."
+    )
+
+
+class Session:
+    """One ONNX file, loaded on one execution provider.
+
+    Args:
+        path: the main file.
+        options: how to build the session.
+
+    Raises:
+        ProviderError: the provider is not available, or refuses the file.
+        DataError: the file is missing, or onnxruntime cannot load it.
+    """
+
+    def __init__(self, path: Path, options: SessionOptions | None = None) -> None:
+        self.path = path
+        self.options = options or SessionOptions()
+        check_provider(self.options.provider)
+        if not path.is_file():
+            raise DataError(f"the ONNX file {str(path)!r} is missing; give a file that exists.")
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path),
+                _native_options(self.options),
+                providers=[(self.options.provider, dict(self.options.provider_options))],
+                enable_fallback=0,
+            )
+        except Exception as error:  # onnxruntime's exceptions have no common base class
+            kind = DataError if self.options.provider == CPU else ProviderError
+            raise kind(
+                f"onnxruntime cannot load {str(path)!r} on {self.options.provider}: {_last_line(error)}"
+            ) from None
+        self.inputs = tuple(_spec(value, path) for value in self._session.get_inputs())
+        self.outputs = tuple(str(value.name) for value in self._session.get_outputs())
+
+    def provider_obtained(self) -> str:
+        """Return the provider that runs most nodes; without a recorded assignment, the first that was registered."""
+        nodes = self.nodes_per_provider()
+        return max(nodes, key=lambda name: nodes[name]) if nodes else str(self._session.get_providers()[0])
+
+    def nodes_per_provider(self) -> dict[str, int] | None:
+        """Return how many nodes of the optimised graph each provider runs, or None if it was not recorded."""
+        if not self.options.record_assignment or not hasattr(self._session, "get_provider_graph_assignment_info"):
+            return None
+        counts: dict[str, int] = {}
+        for part in self._session.get_provider_graph_assignment_info():
+            counts[part.ep_name] = counts.get(part.ep_name, 0) + len(part.get_nodes())
+        return counts
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once and return every output by name.
+
+        Raises:
+            DataError: onnxruntime refuses the inputs, or fails on them.
+        """
+        try:
+            values = self._session.run(None, dict(feeds))
+        except Exception as error:  # onnxruntime's exceptions have no common base class
+            shapes = {name: tuple(array.shape) for name, array in feeds.items()}
+            raise DataError(f"{self.path.name!r} fails on inputs of shape {shapes}: {_last_line(error)}") from None
+        return dict(zip(self.outputs, values, strict=True))
+
+    def bind(self, feeds: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
+        """Place inputs and outputs on the provider's device once, and return a function that runs the session on them.
+
+        Args:
+            feeds: inputs, as the graph asks for them.
+            outputs: what one run on `feeds` gave, for its shapes.
+        """
+        device = _DEVICES.get(self.options.provider, "cpu")
+        make = onnxruntime.OrtValue
+        binding = self._session.io_binding()
+        held = {name: make.ortvalue_from_numpy(array, device, 0) for name, array in feeds.items()}
+        room = {
+            name: make.ortvalue_from_shape_and_type(list(a.shape), a.dtype.type, device, 0)
+            for name, a in outputs.items()
+        }
+        for name, value in held.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in room.items():
+            binding.bind_ortvalue_output(name, value)
+
+        def run(_alive: object = (feeds, held, room)) -> None:
+            self._session.run_with_iobinding(binding)
+            if device != "cpu":
+                binding.synchronize_outputs()
+
+        return run
+
+    def end_profiling(self) -> Path:
+        """Stop profiling and return the file that holds the profile."""
+        return Path(self._session.end_profiling())
+
+    def feeds(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the inputs that the graph has, in its element types; others are left out.
+
+        Raises:
+            DataError: an input is missing, has another shape, or cannot be cast without loss of meaning.
+        """
+        missing = [spec.name for spec in self.inputs if spec.name not in inputs]
+        if missing:
+            raise DataError(
+                f"{self.path.name!r} needs the inputs {[spec.name for spec in self.inputs]}, but the data has "
+                f"{sorted(inputs)}; rename the arrays so that {missing} are among them."
+            )
+        return {spec.name: _cast(spec, np.asarray(inputs[spec.name]), self.path.name) for spec in self.inputs}
+
+    def fixed_batch(self) -> int | None:
+        """Return the batch size that the file fixes, or None where its first axis is free."""
+        shape = self.inputs[0].shape if self.inputs else ()
+        return shape[0] if shape and isinstance(shape[0], int) else None
+
+
+def seeded_inputs(session: Session, batch_size: int, seed: int = 0) -> dict[str, Array]:
+    """Make inputs from a session's signature: normal floats, integers 0 and 1, random booleans, masks of ones.
+
+    Args:
+        session: the file to feed.
+        batch_size: examples; the first axis of every input that leaves it free.
+        seed: of the values.
+
+    Raises:
+        DataError: the file fixes another batch size.
+    """
+    fixed = session.fixed_batch()
+    if fixed not in (None, batch_size):
+        raise DataError(
+            f"{session.path.name!r} fixes its batch size at {fixed}, got {batch_size}; ask for {fixed} or export it "
+            "with a free axis."
+        )
+    generator = np.random.default_rng(seed)
+    bound: dict[str, int] = {}
+    inputs = {}
+    for spec in session.inputs:
+        shape = []
+        for axis, size in enumerate(spec.shape):
+            if not isinstance(size, int) or size < 0:
+                default = batch_size if axis == 0 else DEFAULT_DIMENSION
+                size = bound.setdefault(size, default) if isinstance(size, str) else default
+            shape.append(size)
+        inputs[spec.name] = _random(generator, spec, shape)
+    return inputs
+
+
+def run_dataset(session: Session, inputs: Mapping[str, Array], batch_size: int) -> dict[str, Array]:
+    """Run every example through a session; return the outputs with the examples on their first axis, in graph order.
+
+    A file that fixes its batch size is run at that size; the last batch is filled up by repeating its last example.
+
+    Raises:
+        DataError: the inputs do not fit the graph, or its first output does not have the examples on the first axis.
+    """
+    feeds = session.feeds(inputs)
+    total = len(next(iter(feeds.values()))) if feeds else 0
+    fixed = session.fixed_batch()
+    size = fixed or batch_size
+    parts: dict[str, list[Array]] = {name: [] for name in session.outputs}
+    for start in range(0, total, size):
+        rows = np.arange(start, start + size if fixed else min(start + size, total)).clip(max=total - 1)
+        for name, value in session.run({key: array[rows] for key, array in feeds.items()}).items():
+            if value.ndim and len(value) == len(rows):
+                parts[name].append(value[: total - start])
+            elif name == session.outputs[0]:
+                raise DataError(
+                    f"the first output {name!r} of {session.path.name!r} has shape {value.shape} for {len(rows)} "
+                    "examples; it needs the examples on its first axis."
+                )
+    return {name: np.concatenate(arrays) for name, arrays in parts.items() if sum(map(len, arrays)) == total}
+
+
+def in_fresh_process(module: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Run `python -m module` on a request in a process of its own, and return its answer; see `serve`.
+
+    Raises:
+        SecateursError: the process failed; an error that Secateurs raised there keeps its class.
+    """
+    with tempfile.TemporaryDirectory(prefix="secateurs-") as folder:
+        file = Path(folder) / "request.json"
+        file.write_text(json.dumps(request), encoding="utf-8")
+        path = os.pathsep.join(entry for entry in sys.path if entry)
+        # -P keeps the working directory, and with it any module that lies there, off the child's import path.
+        command = [sys.executable, "-P", "-m", module, str(file)]
+        done = subprocess.run(  # noqa: S603 - our own interpreter and module, no shell
+            command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
+        )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        cause = (
+            f"killed by signal {-done.returncode}, perhaps for want of memory"
+            if done.returncode < 0
+            else f"exit code {done.returncode}"
+        )
+        raise SecateursError(
+            f"the measuring process {module} failed ({cause}): {said}. Lower `batch_size`, or check that the file runs."
+        )
+    answer: dict[str, Any] = json.loads(lines[-1])
+    if "error" in answer:
+        raise getattr(errors, answer["kind"], SecateursError)(answer["error"])
+    return answer
+
+
+def serve(handler: Callable[[dict[str, Any]], Mapping[str, Any]], arguments: Sequence[str]) -> None:
+    """Answer a request in a fresh process: read the file named in `arguments`, print the answer as a line of JSON."""
+    request = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    try:
+        answer = dict(handler(request))
+    except SecateursError as error:
+        answer = {"error": str(error), "kind": type(error).__name__}
+    print(json.dumps(answer), flush=True)
+
+
+def _native_options(options: SessionOptions) -> Any:
+    native = onnxruntime.SessionOptions()
+    native.intra_op_num_threads = options.threads
+    native.inter_op_num_threads = 1
+    native.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    native.enable_mem_pattern = options.memory_pattern
+    native.enable_cpu_mem_arena = options.memory_arena
+    native.log_severity_level = 3  # errors; a fallback is reported from the assignment, not from a log line
+    native.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if options.record_assignment:
+        native.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if options.profile is not None:
+        native.enable_profiling = True
+        native.profile_file_prefix = str(options.profile)
+    return native
+
+
+def _spec(value: Any, path: Path) -> TensorSpec:
+    if value.type not in _DTYPES:
+        allowed = ", ".join(sorted(_DTYPES))
+        raise DataError(
+            f"input {value.name!r} of {path.name!r} is {value.type}; allowed are {allowed}. Export it with another "
+            "input type."
+        )
+    return TensorSpec(str(value.name), np.dtype(_DTYPES[value.type]), tuple(value.shape))
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def _random(generator: np.random.Generator, spec: TensorSpec, shape: list[int]) -> Array:
+    if spec.dtype.kind == "f":
+        exact = spec.dtype if spec.dtype.itemsize >= 4 else np.dtype(np.float32)
+        return np.asarray(generator.standard_normal(shape, dtype=exact.type)).astype(spec.dtype, copy=False)
+    if spec.name.endswith("mask"):
+        return np.ones(shape, spec.dtype)
+    return np.asarray(generator.integers(0, 2, shape, dtype=np.int8)).astype(spec.dtype)
+
+
+def _cast(spec: TensorSpec, array: Array, file: str) -> Array:
+    fits = len(spec.shape) == array.ndim and all(
+        not isinstance(want, int) or want < 0 or want == got
+        for want, got in zip(spec.shape[1:], array.shape[1:], strict=True)
+    )
+    if not fits:
+        raise DataError(
+            f"input {spec.name!r} of {file!r} has shape {list(spec.shape)}, but the data has {list(array.shape)}; the "
+            "axes after the first must agree: transpose, resize or tokenise the data as for training."
+        )
+    if array.dtype == spec.dtype:
+        return np.ascontiguousarray(array)
+    kinds = {"f": "fiub", "i": "iub", "u": "iub", "b": "b"}[spec.dtype.kind]
+    if array.dtype.kind not in kinds:
+        raise DataError(
+            f"input {spec.name!r} of {file!r} takes {spec.dtype}, but the data is {array.dtype}; convert the data "
+            "first."
+        )
+    cast = np.ascontiguousarray(array, dtype=spec.dtype)
+    if spec.dtype.kind in "iu" and array.dtype.kind in "iu" and not np.array_equal(cast, array):
+        raise DataError(
+            f"input {spec.name!r} of {file!r} takes {spec.dtype}, but the data holds values beyond it, up to "
+            f"{array.max()}."
+        )
+    return cast

@@ -1,0 +1,1 @@
+"""An example of a plugin for Secateurs: the pass `drop-last-block`."""

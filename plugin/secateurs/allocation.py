@@ -1,0 +1,194 @@
+r"""Allocation: how many units each group gives up so that the whole network meets a target.
+
+*Measured* allocation prunes and refits one group at a time, at each width of a grid and for each removal order, and measures the divergence
+$\mathrm{KL}(\text{dense}\,\|\,\text{pruned})$ on held-out examples; then it picks the widths of least summed divergence that meet the
+target. Raw scores are never compared across groups. Groups that share no layer add up in cost and are
+solved by a dynamic program; the others (residual streams, whose widths multiply those of the groups they feed) are searched around it.
+
+References:
+    Kurtic et al. 2023 (ZipLM) and Frantar and Alistarh 2022 (SPDY): a table of measured errors and a search over it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from secateurs.groups import Group
+
+__all__ = ["Option", "WidthCost", "allocate", "allocate_uniform"]
+
+BINS = 4096
+"""Steps into which the dynamic program divides the allowed cost."""
+MAX_COMBINATIONS = 512
+"""Combinations of shared groups' widths that are searched exhaustively; beyond it, one group at a time."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One width of one group.
+
+    Attributes:
+        keep: units that stay.
+        divergence: measured KL divergence from the dense network, in nats.
+        criterion: the removal order it was measured with.
+    """
+
+    keep: int
+    divergence: float
+    criterion: str = ""
+
+
+class WidthCost:
+    """Predicts the cost of widths: each layer's cost is proportional to the product of its widths.
+
+    Args:
+        costs: cost of each module of the dense network, by name.
+        groups: the groups whose widths vary.
+    """
+
+    def __init__(self, costs: Mapping[str, float], groups: Sequence[Group]) -> None:
+        factors: dict[str, list[str]] = {}
+        self._units = {group.root: group.units for group in groups}
+        for group in groups:
+            for member in group.members:
+                factors.setdefault(member.module, []).append(group.root)
+        self._fixed = sum(value for name, value in costs.items() if name not in factors)
+        self._terms = [(value, tuple(factors[name])) for name, value in costs.items() if name in factors]
+
+    def shared(self) -> set[str]:
+        """Return the smallest convenient set of groups without which no layer has two groups: those that share most layers."""
+        chosen: set[str] = set()
+        while True:
+            clashes: dict[str, set[str]] = {}
+            for _, roots in self._terms:
+                distinct = set(roots) - chosen
+                for root in distinct:
+                    clashes.setdefault(root, set()).update(distinct - {root})
+            worst = max(clashes, key=lambda root: (len(clashes[root]), root), default=None)
+            if worst is None or not clashes[worst]:
+                return chosen
+            chosen.add(worst)
+
+    def __call__(self, keep: Mapping[str, int]) -> float:
+        """Return the cost of the whole network when `keep[root]` units of each group stay; absent groups keep all."""
+        share = {root: keep.get(root, units) / units for root, units in self._units.items()}
+        return self._fixed + sum(value * math.prod(share[root] for root in roots) for value, roots in self._terms)
+
+
+def allocate_uniform(
+    cost: WidthCost, counts: Callable[[float], Mapping[str, int]], allowed: float, *, steps: int = 200
+) -> Mapping[str, int]:
+    """Return the widths of the largest common ratio that meets the target.
+
+    Args:
+        cost: of widths.
+        counts: ratio in (0, 1] to the widths of all groups.
+        allowed: cost of the whole network that may not be passed.
+        steps: ratios to try.
+
+    Returns:
+        The widths; those of the smallest ratio if none is allowed.
+    """
+    best = counts(1.0)
+    for ratio in np.linspace(1.0, 1.0 / steps, steps):
+        best = counts(float(ratio))
+        if cost(best) <= allowed:
+            break
+    return best
+
+
+def allocate(cost: WidthCost, options: Mapping[str, Sequence[Option]], allowed: float) -> Mapping[str, Option]:
+    """Return one option per group so that the cost is allowed at the least summed divergence.
+
+    Args:
+        cost: of widths.
+        options: per group, its widths with their divergence; each group has its full width among them.
+        allowed: cost of the whole network that may not be passed.
+
+    Returns:
+        The choice; the cheapest one possible if none is allowed.
+    """
+    shared = sorted(cost.shared() & set(options))
+    free = [root for root in options if root not in shared]
+    cheapest = {root: min(options[root], key=lambda option: option.keep) for root in options}
+    if cost({root: option.keep for root, option in cheapest.items()}) > allowed:
+        return cheapest
+
+    def solve(fixed: Mapping[str, Option]) -> tuple[float, Mapping[str, Option]]:
+        choice = _dynamic_program(cost, fixed, {root: options[root] for root in free}, allowed)
+        if choice is None:
+            return float("inf"), {}
+        whole = {**fixed, **choice}
+        return sum(option.divergence for option in whole.values()), whole
+
+    if np.prod([len(options[root]) for root in shared], dtype=float) <= MAX_COMBINATIONS:
+        trials = (
+            dict(zip(shared, combination, strict=True)) for combination in product(*(options[root] for root in shared))
+        )
+        return min((solve(trial) for trial in trials), key=lambda result: result[0])[1] or cheapest
+    return _coordinate_search(solve, shared, options) or cheapest
+
+
+def _coordinate_search(
+    solve: Callable[[Mapping[str, Option]], tuple[float, Mapping[str, Option]]],
+    shared: Sequence[str],
+    options: Mapping[str, Sequence[Option]],
+) -> Mapping[str, Option]:
+    """Improve one shared group at a time, from full width and from the narrowest, until nothing improves."""
+    best: tuple[float, Mapping[str, Option]] = (float("inf"), {})
+    for extreme in (max, min):
+        fixed = {root: extreme(options[root], key=lambda option: option.keep) for root in shared}
+        value, choice = solve(fixed)
+        improved = True
+        while improved:
+            improved = False
+            for root in shared:
+                for option in options[root]:
+                    trial_value, trial = solve({**fixed, root: option})
+                    if trial_value < value:
+                        value, choice, fixed, improved = trial_value, trial, {**fixed, root: option}, True
+        best = min(best, (value, choice), key=lambda result: result[0])
+    return best[1]
+
+
+def _dynamic_program(
+    cost: WidthCost, fixed: Mapping[str, Option], options: Mapping[str, Sequence[Option]], allowed: float
+) -> Mapping[str, Option] | None:
+    """Choose widths of groups that share no layer; None if the allowed cost cannot be met.
+
+    Costs are rounded up to bins, so that the sum never passes what is allowed.
+    """
+    widths = {root: option.keep for root, option in fixed.items()}
+    narrowest = {root: min(option.keep for option in choices) for root, choices in options.items()}
+    base = cost({**widths, **narrowest})
+    if base > allowed:
+        return None
+    bin_size = max((allowed - base) / BINS, 1e-12)
+    table = np.zeros(BINS + 1)
+    picks: list[tuple[str, np.ndarray]] = []
+    for root, choices in options.items():
+        fresh = np.full(BINS + 1, np.inf)
+        pick = np.zeros(BINS + 1, dtype=np.int64)
+        for number, option in enumerate(choices):
+            extra = cost({**widths, **narrowest, root: option.keep}) - base
+            bins = int(np.ceil(extra / bin_size - 1e-9))
+            if bins > BINS:
+                continue
+            trial = np.full(BINS + 1, np.inf)
+            trial[bins:] = table[: BINS + 1 - bins] + option.divergence
+            pick = np.where(trial < fresh, number, pick)
+            fresh = np.minimum(trial, fresh)
+        picks.append((root, pick))
+        table = fresh
+    choice: dict[str, Option] = {}
+    position = BINS
+    for root, pick in reversed(picks):
+        option = options[root][int(pick[position])]
+        choice[root] = option
+        position -= int(np.ceil((cost({**widths, **narrowest, root: option.keep}) - base) / bin_size - 1e-9))
+    return choice

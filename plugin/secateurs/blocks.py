@@ -1,0 +1,158 @@
+"""Blocks: what can be bypassed whole, found by running the network.
+
+A block is an element of a list of like modules (a child of `Sequential` or `ModuleList`, or one of several numbered attributes of one class)
+through which its input reaches its output without passing a layer that mixes channels: a residual path. The innermost such elements are the
+blocks; their siblings of the same class without such a path (stage entries) are blocks too, but not removable. Whether a block can go is
+decided by a real forward pass with the block bypassed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.data import Dataset
+from secateurs.forward import call, inference, output_tensors
+from secateurs.probe import first_tensor
+from secateurs.readers import masked
+
+__all__ = ["Block", "Describe", "find_blocks"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the network that can perhaps be bypassed.
+
+    Attributes:
+        path: qualified name of the module.
+        removable: whether it can be bypassed.
+        reason: why not; empty if it can.
+    """
+
+    path: str
+    removable: bool
+    reason: str = ""
+
+
+Describe = Callable[[nn.Module], "list[Block] | None"]
+
+
+@dataclass
+class _Call:
+    inputs: Tensor | None
+    outputs: Tensor | None
+    count: int
+
+
+def find_blocks(model: nn.Module, example: Dataset, describe: Describe | None = None) -> list[Block]:
+    """Return the blocks of a network in order of execution.
+
+    Args:
+        model: the network; it is not changed.
+        example: inputs for the forward passes.
+        describe: asked first (the hook `secateurs_describe_blocks`); None or an answer of None leaves it to the search here.
+    """
+    described = describe(model) if describe is not None else None
+    if described is not None:
+        return [_checked(model, example, block) for block in described]
+    candidates = _list_elements(model)
+    calls = _record_calls(model, example, candidates)
+    residual = {path for path in calls if _has_residual_path(model.get_submodule(path), calls[path])}
+    innermost = {path for path in residual if not any(other.startswith(path + ".") for other in residual)}
+    classes = {type(model.get_submodule(path)) for path in innermost}
+    chosen = [
+        path
+        for path in calls
+        if path in innermost
+        or (type(model.get_submodule(path)) in classes and not any(o.startswith(path + ".") for o in innermost))
+    ]
+    return [_checked(model, example, _judged(path, calls[path], path in innermost)) for path in chosen]
+
+
+def _list_elements(model: nn.Module) -> list[str]:
+    found = []
+    for path, module in model.named_modules():
+        children = list(module.named_children())
+        for name, child in children:
+            listed = isinstance(module, (nn.Sequential, nn.ModuleList))
+            numbered = name[-1:].isdigit() and sum(type(other) is type(child) for _, other in children) > 1
+            if (
+                (listed or numbered)
+                and not isinstance(child, (nn.Sequential, nn.ModuleList))
+                and next(child.children(), None) is not None
+            ):
+                found.append(f"{path}.{name}" if path else name)
+    return found
+
+
+def _record_calls(model: nn.Module, example: Dataset, paths: Sequence[str]) -> dict[str, _Call]:
+    calls: dict[str, _Call] = {}
+    with inference(model), ExitStack() as stack:
+        for path in paths:
+
+            def hook(_: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+                count = calls.pop(path).count + 1 if path in calls else 1
+                calls[path] = _Call(first_tensor((args, kwargs)), first_tensor(output), count)
+
+            stack.callback(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
+        call(model, example)
+    return calls
+
+
+def _has_residual_path(block: nn.Module, record: _Call) -> bool:
+    """Tell whether the block's output still depends on its input while every layer inside that mixes channels is silenced."""
+    if record.inputs is None or record.outputs is None or record.inputs.shape != record.outputs.shape:
+        return False
+    with inference(block), ExitStack() as stack:
+        for module in block.modules():
+            if any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False)):
+
+                def silence(_: nn.Module, __: Any, output: Any) -> Any:
+                    value = first_tensor(output)
+                    silent = None if value is None else torch.zeros_like(value)
+                    return (silent, *output[1:]) if isinstance(output, tuple) else silent
+
+                stack.callback(module.register_forward_hook(silence).remove)
+        try:
+            plain = first_tensor(block(record.inputs))
+            moved = first_tensor(block(record.inputs + torch.rand_like(record.inputs)))
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            return False  # it needs more than its first input, or values that silencing took away
+    return plain is not None and moved is not None and not torch.equal(plain, moved)
+
+
+def _judged(path: str, record: _Call, residual: bool) -> Block:
+    if record.inputs is None or record.outputs is None:
+        return Block(path, False, "it passes no floating-point tensor")
+    if record.inputs.shape != record.outputs.shape:
+        return Block(
+            path,
+            False,
+            f"its input has shape {tuple(record.inputs.shape[1:])}, its output {tuple(record.outputs.shape[1:])}",
+        )
+    if record.count > 1:
+        return Block(path, False, f"it runs {record.count} times in one forward pass: its weights are shared")
+    if not residual:
+        return Block(
+            path, False, "its input reaches its output only through layers with weights: a projection shortcut"
+        )
+    return Block(path, True)
+
+
+def _checked(model: nn.Module, example: Dataset, block: Block) -> Block:
+    """Bypass a block on a real forward pass; it is removable only if that runs and stays finite."""
+    if not block.removable:
+        return block
+    try:
+        with inference(model), masked(model, {}, (block.path,)):
+            outputs = output_tensors(call(model, example))
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        return Block(block.path, False, f"the network does not run without it: {str(error).splitlines()[0]}")
+    if not all(bool(value.isfinite().all()) for value in outputs):
+        return Block(block.path, False, "the network returns NaN or infinite values without it")
+    return block

@@ -1,0 +1,133 @@
+"""Budgets: hard ceilings on what ships, and the verdict over them.
+
+A row fails when the measured value breaks its limit, and is undecided when the noise does not allow to say. Accuracy is gated on the point
+drop unless `accuracy_confidence` asks for a statistical gate. A limit on something that was not measured is undecided, never passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from secateurs.errors import BudgetError, unknown_name
+from secateurs.report import BudgetRow, Estimate, Ratios, Side, Status, TargetFigures, TargetRatios
+
+__all__ = ["MIB", "Budget", "judge", "parse_budget", "verdict"]
+
+MIB = 1024 * 1024
+
+
+class Budget(BaseModel):
+    """The ceilings of a run; a limit that is None is not checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    accuracy_drop: float | None = Field(
+        None, ge=0, le=1, description="largest drop of the metric, a fraction (0.01 is one point)"
+    )
+    accuracy_confidence: float | None = Field(
+        None, gt=0.5, lt=1, description="gate on the exact interval's upper end at this confidence"
+    )
+    latency_ratio: float | None = Field(None, gt=0, description="largest candidate / baseline latency (p50)")
+    latency_ms: float | None = Field(None, gt=0, description="largest p50 of the candidate, milliseconds per batch")
+    peak_memory_mib: float | None = Field(None, gt=0, description="largest measured peak memory of the candidate, MiB")
+    peak_memory_ratio: float | None = Field(None, gt=0, description="largest candidate / baseline measured peak memory")
+    artifact_mib: float | None = Field(None, gt=0, description="largest size of all files that ship, MiB")
+    artifact_ratio: float | None = Field(
+        None, gt=0, description="largest candidate / baseline size of all files that ship"
+    )
+    macs_ratio: float | None = Field(None, gt=0, description="largest candidate / baseline MACs")
+    parameters_ratio: float | None = Field(None, gt=0, description="largest candidate / baseline parameters")
+
+
+def parse_budget(data: Mapping[str, Any] | None) -> Budget:
+    """Read a budget, with the nearest known name for an unknown limit.
+
+    Raises:
+        BudgetError: an unknown limit, or a value outside what it allows.
+    """
+    data = dict(data or {})
+    for key in data:
+        if key not in Budget.model_fields:
+            raise BudgetError(unknown_name("budget", str(key), Budget.model_fields))
+    try:
+        return Budget(**data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        about = Budget.model_fields[name].description
+        raise BudgetError(f"`budget.{name}`: {first['msg']} (got {first['input']!r}); it is the {about}.") from None
+
+
+def judge(budget: Budget, candidate: Side, ratios: Ratios) -> list[BudgetRow]:
+    """Compare what was measured with the budget, one row per limit and target."""
+    rows = [
+        _row("artifact_mib", None, budget.artifact_mib, _scaled(candidate.artifact_bytes, MIB)),
+        _row("artifact_ratio", None, budget.artifact_ratio, ratios.artifact_bytes),
+        _row("macs_ratio", None, budget.macs_ratio, ratios.macs),
+        _row("parameters_ratio", None, budget.parameters_ratio, ratios.params),
+    ]
+    if not candidate.targets:
+        rows += _target_rows(budget, None, None, TargetRatios())
+    for figures, target_ratios in zip(candidate.targets, ratios.targets, strict=True):
+        rows += _target_rows(budget, f"{figures.provider} batch {figures.batch_size}", figures, target_ratios)
+    return [row for row in rows if row is not None]
+
+
+def _target_rows(
+    budget: Budget, label: str | None, figures: TargetFigures | None, ratios: TargetRatios
+) -> list[BudgetRow | None]:
+    latency = figures.latency_ms.p50 if figures and figures.latency_ms else None
+    peak = figures.peak_memory_bytes if figures else None
+    return [
+        _accuracy_row(budget, label, ratios.accuracy_drop),
+        _interval_row("latency_ratio", label, budget.latency_ratio, ratios.latency_p50),
+        _row("latency_ms", label, budget.latency_ms, latency),
+        _row("peak_memory_mib", label, budget.peak_memory_mib, _scaled(peak, MIB)),
+        _row("peak_memory_ratio", label, budget.peak_memory_ratio, ratios.peak_memory),
+    ]
+
+
+def _scaled(value: int | None, unit: int) -> float | None:
+    return None if value is None else value / unit
+
+
+def _row(name: str, target: str | None, limit: float | None, measured: float | None) -> BudgetRow | None:
+    if limit is None:
+        return None
+    status: Status = "undecided" if measured is None else "pass" if measured <= limit else "fail"
+    reason = "not measured" if measured is None else None
+    return BudgetRow(name=name, target=target, limit=limit, measured=measured, status=status, reason=reason)
+
+
+def _interval_row(name: str, target: str | None, limit: float | None, measured: Estimate | None) -> BudgetRow | None:
+    """Decide by the interval: pass if all of it is allowed, fail if none of it is, else undecided."""
+    if limit is None or measured is None:
+        return _row(name, target, limit, None)
+    low, high = measured.ci95 or (measured.value, measured.value)
+    status: Status = "pass" if high <= limit else "fail" if low > limit else "undecided"
+    reason = "the limit lies inside the 95 % interval: measure with more processes" if status == "undecided" else None
+    return BudgetRow(
+        name=name, target=target, limit=limit, measured=measured.value, ci95=(low, high), status=status, reason=reason
+    )
+
+
+def _accuracy_row(budget: Budget, target: str | None, drop: Estimate | None) -> BudgetRow | None:
+    row = _row("accuracy_drop", target, budget.accuracy_drop, None if drop is None else drop.value)
+    if row is None or drop is None:
+        return row
+    row.ci95 = drop.ci95
+    if budget.accuracy_confidence is not None:
+        return _interval_row("accuracy_drop", target, budget.accuracy_drop, drop)
+    # One example more or less must not turn on the rounding of a division.
+    row.status = "pass" if drop.value <= (budget.accuracy_drop or 0.0) + 1e-9 else "fail"
+    return row
+
+
+def verdict(rows: Sequence[BudgetRow], reasons: Sequence[str] = ()) -> Status:
+    """Return the overall verdict: fail if anything failed or there is another reason to, else undecided if anything is, else pass."""
+    if reasons or any(row.status == "fail" for row in rows):
+        return "fail"
+    return "undecided" if any(row.status == "undecided" for row in rows) else "pass"

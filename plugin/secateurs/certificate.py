@@ -1,0 +1,197 @@
+r"""Certificates: the pruned network must compute what the masked original computes.
+
+The masked original is the original with the removed units zeroed *where their readers read them* (zeroing weights is not enough where
+$f(0) \neq 0$) and with dropped blocks bypassed. The readers are observed on the running network (`secateurs.readers`), not taken from the plan
+under test, so that a wrong index, a forgotten reader, a re-cut head or a stale attribute shows as a difference. Certificates come before refit
+and training, which change the function on purpose.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.data import Dataset
+from secateurs.errors import CertificateError, PlanError
+from secateurs.forward import call, inference, output_tensors
+from secateurs.plan import DropBlock, Edit, Plan, RemoveUnits, SetAttribute
+from secateurs.readers import masked, observe_readers
+from secateurs.report import Certificate, Skipped
+from secateurs.surgery import applied
+
+__all__ = ["Certified", "certify", "keep_certified", "masks_of"]
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+"""Largest difference, as a share of the output scale, by the dtype of the output."""
+BATCH_SIZES = (2, 5)
+
+
+@dataclass(frozen=True)
+class Certified:
+    """What is left of a plan after its edits were checked.
+
+    Attributes:
+        plan: the edits that hold.
+        certificate: of all of them together; None if none is left.
+        vetoed: the edits that do not, with the measured difference.
+    """
+
+    plan: Plan
+    certificate: Certificate | None
+    vetoed: tuple[Skipped, ...]
+
+
+def masks_of(original: nn.Module, plan: Plan, data: Dataset) -> dict[str, tuple[int, ...]]:
+    """Return, for every reader of the units that `plan` removes, the input channels to zero.
+
+    Raises:
+        CertificateError: a removed unit reaches the network's output, or nothing reads it.
+    """
+    masks: dict[str, set[int]] = {}
+    bypassed = tuple(edit.path for edit in plan.of(DropBlock))
+    with masked(original, {}, bypassed):
+        for edit in plan.of(RemoveUnits):
+            reading = observe_readers(original, data, _produced(original, edit))
+            if reading.reaches_output:
+                raise CertificateError(f"units of {edit.root!r} reach the output of the network")
+            if not reading.readers:
+                raise CertificateError(f"no layer reads the units of {edit.root!r}; the group cannot be certified")
+            for name, channels in reading.readers.items():
+                masks.setdefault(name, set()).update(channels)
+    return {name: tuple(sorted(channels)) for name, channels in masks.items()}
+
+
+def _produced(original: nn.Module, edit: RemoveUnits) -> dict[str, tuple[int, ...]]:
+    """Return the output channels that an edit takes from layers that mix channels."""
+    produced = {}
+    for piece in edit.slices:
+        layer = original.get_submodule(piece.module)
+        tensor = getattr(layer, piece.parameter, None)
+        depthwise = getattr(layer, "groups", 1) > 1
+        if (
+            piece.parameter == "weight"
+            and piece.dim == 0
+            and isinstance(tensor, Tensor)
+            and tensor.ndim >= 2
+            and not depthwise
+        ):
+            produced[piece.module] = piece.removed
+    return produced
+
+
+def certify(original: nn.Module, plan: Plan, data: Dataset, *, batch_sizes: Sequence[int] = BATCH_SIZES) -> Certificate:
+    """Measure the difference between `plan` applied to `original` and the masked original.
+
+    Args:
+        original: the network before the plan; it is not changed.
+        plan: the edits; each group at most once.
+        data: realistic inputs, at least `max(batch_sizes)` examples.
+        batch_sizes: the sizes of the batches to compare on.
+
+    Returns:
+        The largest difference over all outputs and batches, the output scale and the tolerance; ask it whether it `holds`.
+
+    Raises:
+        CertificateError: it cannot be measured: the outputs are constant or not finite, or the plan does not run.
+    """
+    masks = masks_of(original, plan, data.take(range(min(len(data), max(batch_sizes)))))
+    bypassed = tuple(edit.path for edit in plan.of(DropBlock))
+    try:
+        pruned = applied(original, plan)
+    except PlanError as error:
+        raise CertificateError(str(error)) from error
+    largest, scale, tolerance = 0.0, 0.0, TOLERANCE[torch.float64]
+    sizes = sorted({min(size, len(data)) for size in batch_sizes})
+    start = 0
+    for size in sizes:
+        batch = data.take([(start + step) % len(data) for step in range(size)])
+        start += size
+        with inference(original, pruned):
+            with masked(original, masks, bypassed):
+                expected = output_tensors(call(original, batch))
+            got = _run(pruned, batch)
+        for a, b in zip(expected, got, strict=True):
+            if a.shape != b.shape:
+                raise CertificateError(
+                    f"the pruned network returns shape {tuple(b.shape)} where the original returns {tuple(a.shape)}"
+                )
+            difference = (a.double() - b.double()).abs().max()
+            largest = max(largest, float(difference.nan_to_num(nan=float("inf"))))
+            scale = max(scale, float(a.abs().max()))
+            tolerance = max(tolerance, TOLERANCE.get(a.dtype, TOLERANCE[torch.float32]))
+        _refuse_constant(expected)
+    return Certificate(max_abs=largest, scale=scale, tolerance=tolerance, batch_sizes=sizes)
+
+
+def _run(pruned: nn.Module, batch: Dataset) -> list[Tensor]:
+    try:
+        return output_tensors(call(pruned, batch))
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise CertificateError(f"the pruned network does not run: {str(error).splitlines()[0]}") from error
+
+
+def _refuse_constant(outputs: Sequence[Tensor]) -> None:
+    """Outputs that do not depend on the input cannot certify anything."""
+    if not all(bool(value.isfinite().all()) for value in outputs):
+        raise CertificateError("the masked original returns NaN or infinite values; it cannot certify anything")
+    if all(len(value) > 1 and float((value - value[:1]).abs().max()) <= 1e-12 for value in outputs if value.ndim):
+        raise CertificateError("the outputs are the same for every example; such a network cannot certify anything")
+
+
+def _steps(plan: Plan) -> Iterator[Plan]:
+    """Split a plan into edits that stand or fall together: each edit of structure with the attributes that follow it."""
+    step: list[Edit] = []
+    for edit in plan.edits:
+        if step and not isinstance(edit, SetAttribute):
+            yield Plan(edits=tuple(step))
+            step = []
+        step.append(edit)
+    if step:
+        yield Plan(edits=tuple(step))
+
+
+def keep_certified(original: nn.Module, plan: Plan, data: Dataset) -> Certified:
+    """Check every edit by itself, leave out those that fail, and certify the rest together.
+
+    Args:
+        original: the network before the plan.
+        plan: the edits proposed; each group at most once.
+        data: realistic inputs.
+
+    Returns:
+        The plan that holds, its certificate, and the vetoes with their reasons.
+
+    Raises:
+        CertificateError: edits that hold one by one do not hold together.
+    """
+    kept: list[Plan] = []
+    vetoed: list[Skipped] = []
+    current = copy.deepcopy(original)
+    for step in _steps(plan):
+        head = step.edits[0]
+        where = str(getattr(head, "root", None) or getattr(head, "path", None) or getattr(head, "module", ""))
+        try:
+            certificate = certify(current, step, data)
+        except CertificateError as error:
+            vetoed.append(Skipped(where=where, reason=f"not certified: {error}"))
+            continue
+        if not certificate.holds:
+            reason = f"not certified: differs from the masked original by {certificate.max_abs:.3g} on a scale of {certificate.scale:.3g}"
+            vetoed.append(Skipped(where=where, reason=reason))
+            continue
+        kept.append(step)
+        current = applied(current, step)
+    whole = Plan.join(kept)
+    if not whole:
+        return Certified(whole, None, tuple(vetoed))
+    certificate = certify(original, whole, data)
+    if not certificate.holds:
+        raise CertificateError(
+            f"edits that are certified one by one differ together: by {certificate.max_abs:.3g} on a scale of {certificate.scale:.3g}. "
+            f"Please report this network; pruning it in two passes avoids it."
+        )
+    return Certified(whole, certificate, tuple(vetoed))

@@ -1,0 +1,325 @@
+"""The command line. Light: torch is imported when a command that needs it runs.
+
+Exit codes: 0 all verdicts pass; 1 a verdict fails or stays undecided, a target was not reached, or nothing could be pruned; 2 the recipe or the
+arguments are wrong; 3 the run failed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from secateurs import hookimpl
+from secateurs.errors import SecateursError, UserError
+from secateurs.manager import Manager, PluginWarning, create_manager
+from secateurs.tables import figure_rows
+
+if TYPE_CHECKING:
+    from secateurs.interfaces import ProgressEvent
+    from secateurs.pipeline import Outcome
+    from secateurs.registry import Entry
+    from secateurs.report import Report
+
+__all__ = ["build_app", "main", "progress_bar", "report_table"]
+
+_out = Console()
+_err = Console(stderr=True)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to do.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a variable or a dotted key of the recipe.")
+]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        manager = _manager()
+        code = build_app(manager)(given, standalone_mode=False, prog_name="secateurs", obj=manager)
+    except SecateursError as error:
+        code = _fail(error, error.exit_code, debug)
+    except (typer.Abort, KeyboardInterrupt):
+        code = _fail(KeyboardInterrupt("interrupted; `--resume` goes on after the last finished pass"), 3, debug)
+    except Exception as error:  # the last resort: never a traceback without --debug
+        if callable(
+            show := getattr(error, "show", None)
+        ):  # a usage error of the argument parser, which typer carries inside itself
+            show()
+            code = 2
+        else:
+            code = _fail(error, 3, debug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: BaseException, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, (SecateursError, KeyboardInterrupt)):
+        text = str(error)
+    else:
+        text = f"the run failed: {type(error).__name__}: {error}. `--debug` shows where."
+    _err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+    return code
+
+
+def _manager() -> Manager:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PluginWarning)
+        manager = create_manager()
+    for warning in caught:
+        _err.print(f"[yellow]warning:[/] {escape(str(warning.message))}", soft_wrap=True)
+    return manager
+
+
+def build_app(manager: Manager) -> Any:
+    """Return the command line with the built-in commands and those that plugins registered."""
+    app = typer.Typer(
+        help="Prune trained PyTorch networks so that they fit a device, and prove it on the ONNX file that ships.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        epilog="`--debug` anywhere shows the traceback of an error.",
+    )
+    for name, function in (("run", _run), ("inspect", _inspect), ("passes", _passes)):
+        app.command(name)(function)
+    for entry in manager.registries.commands:
+        app.command(entry.name, help=entry.summary or None)(entry.load())
+    return typer.main.get_command(app)
+
+
+# --- run --------------------------------------------------------------------------------------------------------------------------------
+
+
+def _run(
+    ctx: typer.Context,
+    recipe: RecipePath,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where everything is written.")] = Path(
+        "secateurs-out"
+    ),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same recipe.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and the predicted savings; write nothing.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report (or, with --dry-run, the plan) as JSON.")
+    ] = False,
+    overrides: Overrides = None,
+) -> int:
+    """Prune, export and validate a network as the recipe says."""
+    if resume and overwrite:
+        raise UserError("`--resume` and `--overwrite` exclude each other; give one.")
+    from secateurs.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from secateurs import runner
+
+    manager: Manager = ctx.obj
+    with progress_bar(manager) as progress:
+        prepared = runner.prepare(loaded, manager, progress)
+        if dry_run:
+            outcome = runner.dry_run(prepared)
+        else:
+            report = runner.run(prepared, output, resume=resume, overwrite=overwrite)
+    if dry_run:
+        _print_plan(outcome, prepared, as_json)
+        return 0 if outcome.plan and not outcome.shortfalls else 1
+    if as_json:
+        sys.stdout.write(report.to_json())
+    else:
+        _print_report(report, output)
+    return 0 if report.verdict == "pass" else 1
+
+
+def _print_plan(outcome: Outcome, prepared: Any, as_json: bool) -> None:
+    from secateurs import cost
+
+    if as_json:
+        sys.stdout.write(outcome.plan.to_json())
+        return
+    for edit in outcome.plan.edits:
+        if edit.edit == "drop_block":
+            _out.print(f"drop block    {escape(edit.path)}  [dim]{escape(edit.reason)}[/]")
+        elif edit.edit == "remove_units":
+            _out.print(f"remove units  {escape(edit.root)}  [dim]{escape(edit.reason)}[/]")
+    one = prepared.session.roles.calibration.take([0])
+    for name, count in (("parameters", cost.parameters), ("MACs", cost.macs)):
+        before, after = (cost.total(count(model, one)) for model in (prepared.session.baseline, outcome.model))
+        _out.print(f"{name}: {before:,} -> {after:,} ({after / max(before, 1):.3f})")
+    for shortfall in outcome.shortfalls:
+        _out.print(f"[yellow]{escape(shortfall)}[/]")
+    if not outcome.plan:
+        _out.print("[yellow]nothing could be pruned[/]")
+
+
+def _print_report(report: Report, output: Path) -> None:
+    _out.print(report_table(report))
+    for record in report.passes:
+        certificate = record.certificate
+        proof = (
+            ""
+            if certificate is None
+            else f", certified to {certificate.max_abs:.2g} on a scale of {certificate.scale:.3g}"
+        )
+        _out.print(
+            f"{record.name}: {record.edits} edits, {len(record.skipped)} skipped{proof} [dim]({record.seconds:.1f} s)[/]"
+        )
+    for reason in report.reasons:
+        _out.print(f"[red]{escape(reason)}[/]")
+    for row in report.budget:
+        if row.status != "pass":
+            measured = "nothing" if row.measured is None else f"{row.measured:.4g}"
+            reason = f" ({row.reason})" if row.reason else ""
+            where = f" on {row.target}" if row.target else ""
+            _out.print(
+                f"[red]{row.status}: {row.name}{escape(where)} measured {measured}, allowed {row.limit:g}{escape(reason)}[/]"
+            )
+    colour = {"pass": "green", "fail": "red", "undecided": "yellow"}[report.verdict]
+    seconds = "" if report.seconds is None else f" in {report.seconds:.1f} s"
+    _out.print(
+        f"verdict: [bold {colour}]{report.verdict}[/]{seconds}; everything is in {escape(str(output))}", soft_wrap=True
+    )
+
+
+def report_table(report: Report) -> Table:
+    """Return the table baseline | candidate | ratio | budget | verdict of a report."""
+    table = Table(title="baseline and candidate, on the exported files")
+    table.add_column("figure")
+    for heading in ("baseline", "candidate", "ratio", "budget"):
+        table.add_column(heading, justify="right")
+    table.add_column("verdict")
+    colours = {"pass": "green", "fail": "red", "undecided": "yellow"}
+    for row in figure_rows(report):
+        verdict = f"[{colours[row.status]}]{row.status}[/]" if row.status else ""
+        table.add_row(escape(row.name), row.baseline, row.candidate, row.ratio, row.budget, verdict)
+    return table
+
+
+# --- inspect and passes -----------------------------------------------------------------------------------------------------------------
+
+
+def _inspect(
+    ctx: typer.Context,
+    recipe: RecipePath,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    overrides: Overrides = None,
+) -> int:
+    """Show what can be pruned and what cannot, with the reason: blocks, groups, CKA map, cost."""
+    from secateurs.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from secateurs import inspection, runner
+
+    manager: Manager = ctx.obj
+    with progress_bar(manager) as progress:
+        prepared = runner.prepare(loaded, manager, progress)
+        found = inspection.inspect(prepared.session)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+    else:
+        for renderable in inspection.render(found):
+            _out.print(renderable)
+    return 0
+
+
+def _passes(
+    ctx: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, with every option.")] = False,
+) -> int:
+    """List every pass, its plugin, and its settings with defaults."""
+    manager: Manager = ctx.obj
+    if as_json:
+        listed = [_describe(entry) for entry in manager.registries.passes]
+        sys.stdout.write(json.dumps(listed, indent=2) + "\n")
+        return 0
+    table = Table(title="passes", show_lines=True)
+    for heading in ("pass", "plugin", "what it does", "settings (defaults)"):
+        table.add_column(heading)
+    for entry in manager.registries.passes:
+        settings = _describe(entry)["settings"]
+        shown = ", ".join(f"{name}={_short(item['default'])}" for name, item in settings.items())
+        table.add_row(entry.name, entry.plugin, escape(entry.summary), escape(shown))
+    _out.print(table)
+    return 0
+
+
+def _describe(entry: Entry[Any]) -> dict[str, Any]:
+    model = entry.load_settings()
+    schema = {} if model is None else model.model_json_schema()["properties"]
+    settings = {
+        name: {
+            "default": field.get_default(call_default_factory=True, validated_data={})
+            if not field.is_required()
+            else None,
+            "required": field.is_required(),
+            "description": field.description or "",
+            "schema": {
+                key: value for key, value in schema[name].items() if key not in ("default", "description", "title")
+            },
+        }
+        for name, field in ({} if model is None else model.model_fields).items()
+    }
+    return {"name": entry.name, "plugin": entry.plugin, "summary": entry.summary, "settings": settings}
+
+
+def _short(value: object) -> str:
+    return "none" if value is None else "|".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress_bar(manager: Manager) -> Iterator[Any]:
+    """Show a bar on the terminal while a block works, fed by the hook `secateurs_progress`; silent where there is no terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=_err,
+        transient=True,
+        disable=not _err.is_terminal,
+    )
+    plugin = _Bar(bar)
+    manager.register(plugin, name="secateurs-progress-bar")
+    try:
+        with bar:
+            yield lambda event: manager.hook.secateurs_progress(event=event)
+    finally:
+        manager.unregister(plugin)
+
+
+class _Bar:
+    """Draws progress events as one line per task, the current one last."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._tasks: dict[str, Any] = {}
+
+    @hookimpl
+    def secateurs_progress(self, event: ProgressEvent) -> None:
+        """Show an event."""
+        if event.task not in self._tasks:
+            for task in self._tasks.values():
+                self._bar.update(task, visible=False)
+            self._tasks[event.task] = self._bar.add_task(event.task, total=event.total, detail="")
+        self._bar.update(
+            self._tasks[event.task], completed=event.done, total=event.total, detail=event.detail, visible=True
+        )

@@ -1,0 +1,72 @@
+"""Cost of a structure: parameters and multiply-accumulates, in total and by module.
+
+MACs are counted by torch's own `FlopCounterMode` (which counts 2 FLOPs per MAC of convolutions and matrix products, whoever calls them) on one
+example. Both costs of a layer are proportional to the product of its widths, which is what lets allocation predict the cost of widths that it
+has not built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from secateurs.data import Dataset
+from secateurs.forward import call, inference
+
+__all__ = ["macs", "parameters", "total", "weight_bytes"]
+
+
+def macs(model: nn.Module, example: Dataset) -> Mapping[str, float]:
+    """Return the multiply-accumulates of one example by module, on the innermost module that does the work.
+
+    >>> import numpy as np
+    >>> float(sum(macs(torch.nn.Linear(3, 4), Dataset({"x": np.zeros((1, 3), np.float32)})).values()))
+    12.0
+    """
+    one = example.take([0])
+    counter = FlopCounterMode(display=False)
+    names = {
+        f"{type(model).__name__}.{name}" if name else type(model).__name__: name for name, _ in model.named_modules()
+    }
+    with inference(model), counter:
+        call(model, one)
+    counts = {names[key]: sum(by_op.values()) for key, by_op in counter.get_flop_counts().items() if key in names}
+    own = dict(counts)
+    for name, value in counts.items():
+        if name:
+            parent = _parent(name, counts)
+            own[parent] = own.get(parent, 0) - value
+    return {name: value / 2 for name, value in own.items() if value > 0}
+
+
+def _parent(name: str, known: Mapping[str, int]) -> str:
+    while name:
+        name = name.rpartition(".")[0]
+        if name in known:
+            return name
+    return ""
+
+
+def parameters(model: nn.Module, example: Dataset | None = None) -> Mapping[str, float]:  # noqa: ARG001 - the cost model's signature
+    """Return the number of parameters by module; a shared tensor counts once, where it is first found."""
+    seen: set[int] = set()
+    counts: dict[str, float] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                counts[name] = counts.get(name, 0.0) + parameter.numel()
+    return counts
+
+
+def total(costs: Mapping[str, float]) -> int:
+    """Return the sum over modules."""
+    return round(sum(costs.values()))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers; shared tensors count once."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,225 @@
+"""Data sets in memory, and the four disjoint roles they play.
+
+A `Dataset` is named arrays with the examples on the first axis. `calibration`, `training`, `validation` and `evaluation` never share an
+example: a role that is not given is cut from calibration's source by a seeded, stratified split, never from evaluation, and exact
+duplicates (by content hash) leave the side that is not evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from secateurs.errors import DataError
+
+__all__ = ["ROLES", "Dataset", "Roles", "resolve_roles", "stratified_split"]
+
+ROLES = ("calibration", "training", "validation", "evaluation")
+DUPLICATES_ALLOWED = 0.01
+"""Share of a role's examples that may be exact duplicates of another role's before the two count as overlapping."""
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples of a network's inputs, with or without labels.
+
+    Attributes:
+        inputs: one array per network input, by the name that the exported file will use; the first axis counts the examples.
+        labels: one label per example, or None.
+        origin: what identifies the source and its split, for example `"digits:train"`; two roles with one origin share a source.
+        keyword: call the network with the inputs by name instead of by position.
+    """
+
+    inputs: Mapping[str, Array]
+    labels: Array | None = None
+    origin: str = ""
+    keyword: bool = False
+
+    def __post_init__(self) -> None:
+        where = f"data set {self.origin!r}"
+        if not self.inputs:
+            raise DataError(f"{where} has no input arrays; give at least one.")
+        sizes = {name: len(array) for name, array in self.inputs.items()}
+        if len(set(sizes.values())) != 1:
+            raise DataError(f"{where} has inputs of different lengths {sizes}; every array needs one row per example.")
+        if len(self) == 0:
+            raise DataError(f"{where} is empty; at least one example is needed.")
+        if self.labels is not None and len(self.labels) != len(self):
+            raise DataError(
+                f"{where} has {len(self)} examples but {len(self.labels)} labels; give one label per example."
+            )
+        for name, array in self.inputs.items():
+            if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+                bad = int((~np.isfinite(array)).any(axis=tuple(range(1, array.ndim))).sum())
+                raise DataError(
+                    f"{where}: input {name!r} holds NaN or infinite values in {bad} of {len(self)} examples; clean the data first."
+                )
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def take(self, indices: npt.ArrayLike) -> Dataset:
+        """Return the examples at `indices`, in that order."""
+        index = np.asarray(indices, dtype=np.int64)
+        inputs = {name: array[index] for name, array in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=None if self.labels is None else self.labels[index])
+
+    def batches(self, size: int, *, drop_last: bool = False) -> Iterator[Dataset]:
+        """Yield consecutive batches of `size` examples; the last one may be smaller unless `drop_last`."""
+        stop = len(self) - size + 1 if drop_last else len(self)
+        for start in range(0, stop, size):
+            yield self.take(np.arange(start, min(start + size, len(self))))
+
+    def fingerprints(self) -> list[bytes]:
+        """Return one 16-byte content hash per example, over all inputs; labels do not count."""
+        digests = [hashlib.blake2b(digest_size=16) for _ in range(len(self))]
+        for name in sorted(self.inputs):
+            array = np.ascontiguousarray(self.inputs[name])
+            for digest, row in zip(digests, array, strict=True):
+                digest.update(row.tobytes())
+        return [digest.digest() for digest in digests]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The four roles of a run, disjoint, and what was dropped to make them so."""
+
+    calibration: Dataset
+    training: Dataset | None = None
+    validation: Dataset | None = None
+    evaluation: Dataset | None = None
+    notes: tuple[str, ...] = field(default=())
+
+
+def stratified_split(labels: Array | None, sizes: list[int], total: int, seed: int) -> list[npt.NDArray[np.int64]]:
+    """Split `range(total)` into parts of the given sizes, each with the label shares of the whole as nearly as rounding allows.
+
+    Args:
+        labels: one label per example; None splits at random.
+        sizes: how many examples each part takes; their sum is at most `total`.
+        total: how many examples there are.
+        seed: of the shuffle.
+
+    Returns:
+        One sorted index array per size.
+
+    Raises:
+        DataError: the sizes ask for more examples than there are.
+    """
+    if sum(sizes) > total:
+        raise DataError(
+            f"a split of sizes {sizes} needs {sum(sizes)} examples, but there are {total}; ask for fewer `samples`."
+        )
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(total)
+    if labels is not None and np.issubdtype(labels.dtype, np.integer) and labels.ndim == 1:
+        # Each example gets its quantile within its class; sorting by it interleaves the classes in proportion.
+        quantile = np.empty(total)
+        for value in np.unique(labels):
+            members = order[labels[order] == value]
+            quantile[members] = (np.arange(len(members)) + generator.random()) / len(members)
+        order = np.argsort(quantile, kind="stable")
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(np.sort(order[start : start + size]).astype(np.int64))
+        start += size
+    return parts
+
+
+def resolve_roles(given: Mapping[str, Dataset], samples: Mapping[str, int | None], seed: int) -> Roles:
+    """Make the four roles disjoint and cut the ones that are not given from calibration's source.
+
+    Args:
+        given: data sets by role; `calibration` must be there.
+        samples: how many examples a role keeps; None or absent keeps all.
+        seed: of the splits.
+
+    Returns:
+        The roles, with a note for every duplicate that was dropped.
+
+    Raises:
+        DataError: no calibration data, or two roles overlap by source or by content.
+    """
+    if "calibration" not in given:
+        raise DataError(f"the data has no `calibration` role (got: {', '.join(sorted(given)) or 'none'}); give one.")
+    _refuse_shared_origins(given)
+    notes: list[str] = []
+    pools = _drop_duplicates(dict(given), notes)
+    parts: dict[str, Dataset] = {}
+    for role, pool in pools.items():
+        wanted = samples.get(role)
+        if role != "calibration":
+            parts[role] = (
+                pool if wanted is None else pool.take(stratified_split(pool.labels, [wanted], len(pool), seed)[0])
+            )
+    parts |= _cut(
+        pools["calibration"], samples, [role for role in ("training", "validation") if role not in given], seed
+    )
+    return Roles(notes=tuple(notes), **parts)
+
+
+def _cut(source: Dataset, samples: Mapping[str, int | None], missing: list[str], seed: int) -> dict[str, Dataset]:
+    """Cut calibration and the missing roles out of calibration's source."""
+    total = len(source)
+    wanted = samples.get("calibration")
+    if source.labels is None or not missing:
+        sizes = {"calibration": total if wanted is None else wanted}
+    else:
+        validation = samples.get("validation") or max(total // 5, 1)
+        calibration = wanted if wanted is not None else total // (3 if "training" in missing else 1)
+        if "validation" not in missing:
+            validation = 0
+        calibration = min(calibration, total - validation) if wanted is None else calibration
+        sizes = {"calibration": calibration}
+        if "validation" in missing:
+            sizes["validation"] = min(validation, total - calibration)
+        rest = total - sum(sizes.values())
+        if "training" in missing:
+            sizes["training"] = min(samples.get("training") or rest, rest)
+    chosen = {role: size for role, size in sizes.items() if size > 0}
+    indices = stratified_split(source.labels, list(chosen.values()), total, seed)
+    return {role: source.take(index) for role, index in zip(chosen, indices, strict=True)}
+
+
+def _refuse_shared_origins(given: Mapping[str, Dataset]) -> None:
+    owners: dict[str, str] = {}
+    for role in ROLES:
+        if role not in given or not given[role].origin:
+            continue
+        origin = given[role].origin
+        if origin in owners:
+            raise DataError(
+                f"the roles {owners[origin]!r} and {role!r} overlap: both read {origin!r}. Roles must be disjoint; give {role!r} a split "
+                f"or file of its own"
+                + ("." if role == "evaluation" else ", or leave it out to have it cut from calibration's source.")
+            )
+        owners[origin] = role
+
+
+def _drop_duplicates(pools: dict[str, Dataset], notes: list[str]) -> dict[str, Dataset]:
+    """Drop exact duplicates from the side that is not evaluation (then not validation, then not training)."""
+    seen: dict[bytes, str] = {}
+    for role in reversed(ROLES):
+        if role not in pools:
+            continue
+        prints = pools[role].fingerprints()
+        clashes = [index for index, key in enumerate(prints) if key in seen]
+        if clashes:
+            other = seen[prints[clashes[0]]]
+            if len(clashes) > max(1, DUPLICATES_ALLOWED * min(len(pools[role]), len(pools[other]))):
+                raise DataError(
+                    f"the roles {role!r} and {other!r} overlap: {len(clashes)} of {len(pools[role])} examples are the same by content. "
+                    f"Roles must be disjoint; choose data that {other!r} does not use."
+                )
+            notes.append(
+                f"{len(clashes)} of {len(pools[role])} {role} examples are exact duplicates of {other} examples and were dropped"
+            )
+            pools[role] = pools[role].take(np.setdiff1d(np.arange(len(prints)), clashes))
+        seen |= {key: role for key in prints if key not in seen}
+    return pools

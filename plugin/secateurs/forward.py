@@ -1,0 +1,142 @@
+"""Calling networks: inputs from a data set, outputs as a flat list of tensors, modes and weights left as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.data import Dataset
+
+__all__ = [
+    "call",
+    "frozen_randomness",
+    "inference",
+    "kl_divergence",
+    "logits",
+    "modules_of",
+    "output_tensors",
+    "predict",
+    "tensors",
+    "to_dataset",
+]
+
+
+def tensors(data: Dataset, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Return the inputs of a data set as tensors on `device`, sharing memory where they can."""
+    return {name: torch.as_tensor(array).to(device) for name, array in data.inputs.items()}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter or buffer; the CPU where there is none."""
+    first: Tensor | None = next(iter((*model.parameters(), *model.buffers())), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def call(model: nn.Module, data: Dataset) -> Any:
+    """Call `model` with the inputs of `data`, by name if `data.keyword`, else in order."""
+    inputs = tensors(data, device_of(model))
+    return model(**inputs) if data.keyword else model(*inputs.values())
+
+
+def output_tensors(outputs: Any) -> list[Tensor]:
+    """Return the floating-point tensors of a network's output (tensor, tuple, list, mapping, dataclass), in a fixed order."""
+    if isinstance(outputs, Tensor):
+        return [outputs] if outputs.is_floating_point() else []
+    if isinstance(outputs, Mapping):
+        return [tensor for value in outputs.values() for tensor in output_tensors(value)]
+    if isinstance(outputs, Sequence) and not isinstance(outputs, str):
+        return [tensor for value in outputs for tensor in output_tensors(value)]
+    if hasattr(outputs, "__dict__"):
+        return [tensor for value in vars(outputs).values() for tensor in output_tensors(value)]
+    return []
+
+
+def logits(outputs: Any) -> Tensor:
+    """Return the prediction: the output called `logits` where there is one, else the first tensor."""
+    named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    found = output_tensors(outputs)
+    if not found:
+        raise TypeError(f"the network returned {type(outputs).__name__}, which holds no floating-point tensor")
+    return found[0]
+
+
+@contextmanager
+def inference(*models: nn.Module) -> Iterator[None]:
+    """Run a block in evaluation mode without gradients, and put every module's mode back after it."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def frozen_randomness(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator for a block and restore its state after it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def predict(model: nn.Module, data: Dataset, batch_size: int = 256) -> Tensor:
+    """Return the network's prediction for every example, in evaluation mode."""
+    with inference(model):
+        return torch.cat([logits(call(model, batch)).detach() for batch in data.batches(batch_size)])
+
+
+def kl_divergence(reference: Tensor, candidate: Tensor) -> float:
+    r"""Return the mean over examples of $\mathrm{KL}(\mathrm{softmax}(r)\,\|\,\mathrm{softmax}(c))$, in nats.
+
+    Args:
+        reference: logits $r$, classes on the last axis.
+        candidate: logits $c$, same shape.
+
+    Returns:
+        Infinity where a logit of the candidate is not finite, so that a broken network is never preferred.
+    """
+    p = torch.log_softmax(reference.double(), -1)
+    q = torch.log_softmax(candidate.double(), -1)
+    value = float((p.exp() * (p - q)).sum(-1).mean())
+    return value if value == value else float("inf")
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module by qualified name, each object once, under its first name."""
+    return dict(model.named_modules())
+
+
+def to_dataset(batch: Any, *, origin: str = "") -> Dataset:
+    """Turn a tensor, a tuple or mapping of tensors, or an (inputs, labels) pair into a `Dataset`.
+
+    A pair whose second member is a one-dimensional integer tensor is read as inputs and labels.
+    """
+    labels = None
+    if isinstance(batch, Mapping):
+        named = dict(batch)
+        labels = named.pop("labels", None)
+        inputs = {name: value.detach().cpu().numpy() for name, value in named.items()}
+        return Dataset(inputs, None if labels is None else labels.cpu().numpy(), origin, keyword=True)
+    if isinstance(batch, Tensor):
+        return Dataset({"input": batch.detach().cpu().numpy()}, None, origin)
+    values = list(batch)
+    if len(values) == 2 and isinstance(values[1], Tensor) and values[1].ndim == 1 and not values[1].is_floating_point():
+        labels = values.pop().cpu().numpy()
+        if isinstance(values[0], Mapping):
+            inputs = {name: value.detach().cpu().numpy() for name, value in values[0].items()}
+            return Dataset(inputs, labels, origin, keyword=True)
+        if isinstance(values[0], (list, tuple)):
+            values = list(values[0])
+    names = ["input"] if len(values) == 1 else [f"input_{index}" for index in range(len(values))]
+    return Dataset(
+        {name: value.detach().cpu().numpy() for name, value in zip(names, values, strict=True)}, labels, origin
+    )

@@ -1,0 +1,97 @@
+"""What can be pruned and what cannot: blocks, groups, CKA map and cost of a network, as data and as a tree for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
+
+from secateurs import cost
+from secateurs.blocks import find_blocks
+from secateurs.passes.cka_cluster import cka_matrix
+from secateurs.passes.width import checked_groups
+from secateurs.pipeline import Session
+from secateurs.settings import NodeSettings
+
+__all__ = ["inspect", "render"]
+
+
+def inspect(session: Session) -> dict[str, Any]:
+    """Return the blocks, groups, refusals, CKA map and cost of the baseline network, as plain data."""
+    context = session.context(session.baseline)
+    model, example = context.model, context.example
+    blocks = find_blocks(model, example, context.describe_blocks)
+    names = [block.path for block in blocks]
+    similarity = cka_matrix(model, names, context.calibration).tolist() if names else []
+    groups, skipped = checked_groups(model, example, NodeSettings())
+    macs, parameters = cost.macs(model, example), cost.parameters(model)
+    return {
+        "macs": cost.total(macs),
+        "parameters": cost.total(parameters),
+        "blocks": [
+            {
+                "path": block.path,
+                "removable": block.removable,
+                "reason": block.reason,
+                "macs": _within(macs, block.path),
+                "parameters": _within(parameters, block.path),
+            }
+            for block in blocks
+        ],
+        "cka": [[round(value, 6) for value in row] for row in similarity],
+        "groups": [
+            {
+                "root": group.root,
+                "units": group.units,
+                "members": [{"module": m.module, "kind": m.kind} for m in group.members],
+            }
+            for group in groups
+        ],
+        "skipped": [item.model_dump() for item in skipped],
+    }
+
+
+def _within(costs: Mapping[str, float], path: str) -> int:
+    return round(sum(value for name, value in costs.items() if name == path or name.startswith(path + ".")))
+
+
+def render(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Yield what the terminal shows of `inspect`'s result."""
+    tree = Tree(f"network: {found['parameters']:,} parameters, {found['macs']:,} MACs")
+    blocks = tree.add("[bold]blocks[/] (can be bypassed whole)")
+    for block in found["blocks"]:
+        colour, word = ("green", "removable") if block["removable"] else ("yellow", f"kept: {block['reason']}")
+        blocks.add(f"[{colour}]{escape(block['path'])}[/] {block['macs']:,} MACs [dim]{escape(word)}[/]")
+    groups = tree.add("[bold]groups[/] (units that go together)")
+    for group in found["groups"]:
+        branch = groups.add(f"[green]{escape(group['root'])}[/] {group['units']} units")
+        kinds: dict[str, list[str]] = {}
+        for member in group["members"]:
+            kinds.setdefault(member["kind"], []).append(member["module"])
+        for kind, title in (("out", "produced by"), ("pass", "through"), ("in", "read by")):
+            if kind in kinds:
+                branch.add(f"[dim]{title}[/] {escape(', '.join(kinds[kind]))}")
+    if found["skipped"]:
+        skipped = tree.add("[bold]not prunable[/]")
+        for item in found["skipped"]:
+            skipped.add(f"[yellow]{escape(item['where'])}[/] [dim]{escape(item['reason'])}[/]")
+    yield tree
+    if found["cka"]:
+        yield _cka_table([block["path"] for block in found["blocks"]], found["cka"])
+
+
+def _cka_table(names: list[str], matrix: list[list[float]]) -> Table:
+    table = Table(title="CKA of the blocks' outputs", show_lines=False, padding=(0, 1))
+    table.add_column("")
+    for number in range(len(names)):
+        table.add_column(str(number), justify="right")
+    for number, (name, row) in enumerate(zip(names, matrix, strict=True)):
+        shown = [
+            f"[{'green' if value >= 0.98 else 'yellow' if value >= 0.9 else 'dim'}]{value:.2f}[/]" for value in row
+        ]
+        table.add_row(f"{number} {escape(name)}", *shown)
+    return table

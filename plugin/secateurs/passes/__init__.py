@@ -1,0 +1,1 @@
+"""The built-in passes and the base classes of every pass."""

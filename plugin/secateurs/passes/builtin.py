@@ -1,0 +1,44 @@
+"""The built-in passes and cost models, registered through the same hooks as anybody's; imports none of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from secateurs.interfaces import CostModel
+    from secateurs.passes.base import Pass
+    from secateurs.registry import Registrar
+
+hookimpl = pluggy.HookimplMarker("secateurs")
+
+
+@hookimpl
+def secateurs_register_passes(register: Registrar[type[Pass]]) -> None:
+    """Register the built-in passes."""
+    register(
+        "cka-cluster",
+        "secateurs.passes.cka_cluster:CkaCluster",
+        summary="bypass blocks whose representations barely differ (CKA clusters, MPruner)",
+        settings="secateurs.settings:CkaClusterSettings",
+    )
+    register(
+        "mi-nodes",
+        "secateurs.passes.mi_nodes:MiNodes",
+        summary="remove the units that carry least information to their readers, and refit (MIPP)",
+        settings="secateurs.settings:MiNodesSettings",
+    )
+    register(
+        "magnitude",
+        "secateurs.passes.baselines:Magnitude",
+        summary="remove the units of smallest weight norm (Torch-Pruning's group magnitude), the usual baseline",
+        settings="secateurs.settings:MagnitudeSettings",
+    )
+
+
+@hookimpl
+def secateurs_register_cost_models(register: Registrar[CostModel]) -> None:
+    """Register MACs and parameters."""
+    register("macs", "secateurs.cost:macs", summary="multiply-accumulates of one example")
+    register("parameters", "secateurs.cost:parameters", summary="number of parameters")

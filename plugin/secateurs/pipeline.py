@@ -1,0 +1,413 @@
+"""The pipeline: runs passes, certifies and mends what they propose, and remembers everything.
+
+`run_passes` is the heart of both faces: `prune` for a script, `secateurs.runner` for a recipe. A pass proposes a plan; the pipeline applies it
+to a copy, keeps what is certified, refits towards the network before the edits, recovers, and lets validation accept or reject the round.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from secateurs import checkpoint, cost
+from secateurs.blocks import Describe
+from secateurs.certificate import keep_certified
+from secateurs.data import Dataset, Roles, resolve_roles
+from secateurs.errors import DataError, SecateursError
+from secateurs.forward import kl_divergence, predict, to_dataset
+from secateurs.interfaces import CostModel, ProgressEvent, ratio
+from secateurs.manager import Manager, create_manager
+from secateurs.passes.base import Context, Pass, Proposal
+from secateurs.plan import Plan
+from secateurs.proof import environment
+from secateurs.recipe import PassSpec, parse_pass, settings_from
+from secateurs.recovery import recalibrate, train
+from secateurs.refit import refit
+from secateurs.report import Certificate, PassRecord, Ratios, Report, Side, Skipped, write_text
+from secateurs.settings import RecoverySettings
+from secateurs.surgery import applied
+
+__all__ = ["Outcome", "PruneResult", "Session", "build_pass", "prune", "run_passes"]
+
+MAX_ROUNDS = 1000
+"""Rounds after which a pass that never stops proposing is stopped."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What stays the same for all passes of a run.
+
+    Attributes:
+        baseline: the network before all passes.
+        roles: the data.
+        evaluate: metric on validation data, higher is better; None without labels.
+        cost_models: by name.
+        recovery: settings of the training that passes may ask for.
+        describe_blocks: the hook.
+        progress: called with every step.
+        seed: of everything random.
+    """
+
+    baseline: nn.Module
+    roles: Roles
+    cost_models: Callable[[str], CostModel]
+    evaluate: Callable[[nn.Module], float] | None = None
+    recovery: RecoverySettings = field(default_factory=RecoverySettings)
+    describe_blocks: Describe | None = None
+    progress: Callable[[ProgressEvent], None] = field(default=lambda _: None)
+    seed: int = 0
+
+    def context(self, model: nn.Module) -> Context:
+        """Return what a pass sees of `model`."""
+        return Context(
+            model=model,
+            baseline=self.baseline,
+            calibration=self.roles.calibration,
+            training=self.roles.training,
+            validation=self.roles.validation,
+            evaluate=self.evaluate,
+            cost_models=self.cost_models,
+            describe_blocks=self.describe_blocks,
+            progress=self.progress,
+            seed=self.seed,
+        )
+
+    def held_out(self, most: int = 512) -> Dataset:
+        """Return examples that statistics were not gathered on, where there are any."""
+        source = self.roles.validation or self.roles.calibration
+        return source.take(np.arange(min(most, len(source))))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run stands.
+
+    Attributes:
+        model: the network so far.
+        plan: the edits from the baseline to it.
+        records: one per finished pass.
+        shortfalls: promises that were not kept, for example targets that were missed.
+    """
+
+    model: nn.Module
+    plan: Plan = field(default_factory=Plan)
+    records: tuple[PassRecord, ...] = ()
+    shortfalls: tuple[str, ...] = ()
+
+
+def build_pass(spec: PassSpec, manager: Manager) -> Pass:
+    """Return the configured pass of a recipe's item.
+
+    Raises:
+        RecipeError: an unknown pass or option, or a value that is not allowed.
+    """
+    entry = manager.registries.passes[spec.name]
+    settings = settings_from(entry.load_settings(), spec.options, f"passes.{spec.name}")
+    return entry.load()(settings)
+
+
+def run_passes(
+    session: Session,
+    passes: Sequence[Pass],
+    manager: Manager,
+    start: Outcome | None = None,
+    after: Callable[[Outcome], None] | None = None,
+) -> Outcome:
+    """Run passes one after the other.
+
+    Args:
+        session: network, data and hooks.
+        passes: in order.
+        manager: whose hooks are told before and after each pass.
+        start: where an interrupted run stood; the passes that it has records of are left out.
+        after: called with where the run stands after each pass.
+    """
+    outcome = start or Outcome(session.baseline)
+    for step in passes[len(outcome.records) :]:
+        manager.hook.secateurs_before_pass(name=step.name, model=outcome.model)
+        outcome = _run_pass(session, step, outcome)
+        manager.hook.secateurs_after_pass(name=step.name, model=outcome.model, record=outcome.records[-1])
+        if after is not None:
+            after(outcome)
+    return outcome
+
+
+@dataclass
+class _Tally:
+    """What one pass did so far."""
+
+    plan: Plan = field(default_factory=Plan)
+    skipped: dict[tuple[str, str], Skipped] = field(default_factory=dict)
+    certificate: Certificate | None = None
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def skip(self, items: Iterable[Skipped]) -> None:
+        self.skipped |= {(item.where, item.reason): item for item in items}
+
+    def certify(self, certificate: Certificate | None) -> None:
+        """Keep the certificate with the largest relative difference."""
+        if certificate is not None and (
+            self.certificate is None or _relative(certificate) >= _relative(self.certificate)
+        ):
+            self.certificate = certificate
+
+
+def _relative(certificate: Certificate) -> float:
+    return certificate.max_abs / certificate.scale if certificate.scale else float("inf")
+
+
+def _run_pass(session: Session, step: Pass, outcome: Outcome) -> Outcome:
+    began = time.perf_counter()
+    step.requires(session.context(outcome.model))
+    entry = current = outcome.model
+    reference = None if session.evaluate is None else session.evaluate(entry)
+    tally = _Tally()
+    for _ in range(MAX_ROUNDS):
+        session.progress(ProgressEvent(step.name, len(tally.rounds), len(tally.rounds) + 1, "looking for edits"))
+        proposal = step.propose(session.context(current))
+        tally.skip(proposal.skipped)
+        # The first round describes the network as the pass found it; later rounds must not overwrite that.
+        tally.details = {**proposal.details, **tally.details}
+        if not proposal.plan:
+            break
+        certified = keep_certified(current, proposal.plan, session.roles.calibration)
+        tally.skip(certified.vetoed)
+        if not certified.plan:
+            step.answer(False)
+            continue
+        total = tally.plan + certified.plan
+        candidate, mended = _mend(session, step.name, applied(current, certified.plan), entry, total, proposal)
+        accepted, value = _judge(session, proposal, candidate, reference)
+        tally.rounds.append({"edits": len(certified.plan), "accepted": accepted, "validation": value, **mended})
+        step.answer(accepted)
+        if accepted:
+            current, tally.plan = candidate, total
+            tally.certify(certified.certificate)
+    else:
+        raise SecateursError(
+            f"pass {step.name!r} proposed {MAX_ROUNDS} rounds without coming to an end; report this to its author."
+        )
+    missed = step.shortfall(session.context(current))
+    record = PassRecord(
+        name=step.name,
+        settings=step.settings.model_dump(mode="json"),
+        edits=sum(1 for edit in tally.plan.edits if edit.edit in ("drop_block", "remove_units")),
+        skipped=list(tally.skipped.values()),
+        certificate=tally.certificate,
+        seconds=time.perf_counter() - began,
+        details={**tally.details, "validation_before": reference, "rounds": tally.rounds},
+    )
+    shortfalls = outcome.shortfalls if missed is None else (*outcome.shortfalls, missed)
+    return Outcome(current, outcome.plan + tally.plan, (*outcome.records, record), shortfalls)
+
+
+def _mend(
+    session: Session, name: str, candidate: nn.Module, dense: nn.Module, plan: Plan, proposal: Proposal
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Refit, recalibrate and train a pruned network, each only as far as the proposal asks and the held-out divergence agrees."""
+    held_out = session.held_out()
+    reference = predict(dense, held_out)
+    before = kl_divergence(reference, predict(candidate, held_out))
+    done: dict[str, Any] = {"kl_pruned": before}
+    if proposal.consumers:
+        refitted = copy.deepcopy(candidate)
+
+        def tell(number: int, total: int) -> None:
+            session.progress(ProgressEvent(f"{name}: refit", number, total, proposal.consumers[number]))
+
+        refit(
+            refitted,
+            dense,
+            plan,
+            proposal.consumers,
+            session.roles.calibration,
+            ridge=proposal.ridge,
+            seed=session.seed,
+            progress=tell,
+        )
+        after = kl_divergence(reference, predict(refitted, held_out))
+        done["kl_refitted"] = after
+        if after < before:
+            candidate, before = refitted, after
+    if proposal.recalibrate:
+        done["recalibrated"] = recalibrate(candidate, dense, session.roles.calibration, held_out)
+    if proposal.recovery_epochs:
+        recover(session, candidate, session.recovery.model_copy(update={"epochs": proposal.recovery_epochs}), name)
+    return candidate, done
+
+
+def recover(session: Session, model: nn.Module, settings: RecoverySettings, name: str = "recovery") -> nn.Module:
+    """Train `model` in place on the training role, towards labels and, if asked, the baseline.
+
+    Raises:
+        DataError: there is no training role.
+    """
+    if session.roles.training is None:
+        raise DataError(
+            f"{name} asks for training, and there is no training data; give a `training` role or labelled calibration data."
+        )
+    return train(
+        model,
+        session.roles.training,
+        settings,
+        teacher=session.baseline if settings.distill else None,
+        evaluate=session.evaluate,
+        seed=session.seed,
+        progress=lambda done, total, word: session.progress(ProgressEvent(name, done, total, word)),
+    )
+
+
+def _judge(
+    session: Session, proposal: Proposal, candidate: nn.Module, reference: float | None
+) -> tuple[bool, float | None]:
+    if session.evaluate is None:
+        return True, None
+    value = session.evaluate(candidate)
+    if proposal.tolerance is None or reference is None:
+        return True, value
+    return reference - value <= proposal.tolerance + 1e-9, value
+
+
+# --- the face for scripts ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What `prune` returns.
+
+    Attributes:
+        model: the pruned network, in the mode of the one given.
+        plan: the edits that lead to it.
+        report: what each pass did, with certificates, and parameters and MACs of both networks.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: Report
+
+    def save(self, folder: str | Path) -> None:
+        """Write plan.json, model.safetensors and report.json; `secateurs.load` rebuilds the network from them."""
+        checkpoint.save(self.model, self.plan, folder)
+        write_text(Path(folder) / "report.json", self.report.to_json())
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    calibration: Iterable[Any],
+    passes: Sequence[Any],
+    *,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    training: Iterable[Any] | None = None,
+    recovery: RecoverySettings | Mapping[str, Any] | None = None,
+    manager: Manager | None = None,
+    seed: int = 0,
+    progress: Callable[[ProgressEvent], None] | None = None,
+) -> PruneResult:
+    """Prune a network in a script; the model given is not changed.
+
+    Args:
+        model: the trained network.
+        example_inputs: what the network is called with: a tensor, a tuple, or a dict of tensors by name.
+        calibration: batches for statistics and refit, as a DataLoader gives them: inputs, or (inputs, labels) pairs, whose labels are not used.
+        passes: as in a recipe (`{"mi-nodes": {"target_macs": 0.5}}` or a name), or `Pass` objects.
+        evaluate: network to accuracy (higher is better) on validation data; passes that decide by rounds need it.
+        training: labelled batches for recovery; needed if `recovery` has epochs.
+        recovery: settings of the training at the end; None trains nothing.
+        manager: of the plugins; None loads the installed ones.
+        seed: of everything random.
+        progress: called with every step.
+
+    Returns:
+        The pruned network, the plan and the report.
+
+    Raises:
+        UserError: an argument does not follow the form; the message says which.
+    """
+    manager = manager or create_manager()
+    example = to_dataset(example_inputs)
+    data = _gather(calibration, example, "calibration")
+    learning = None if training is None else _gather(training, example, "training")
+    pools = {"calibration": replace(data, labels=None), **({} if learning is None else {"training": learning})}
+    settings = (
+        settings_from(RecoverySettings, recovery, "recovery")
+        if isinstance(recovery, Mapping)
+        else recovery or RecoverySettings()
+    )
+    baseline = copy.deepcopy(model).eval()
+    session = Session(
+        baseline=baseline,
+        roles=resolve_roles(pools, {}, seed),
+        cost_models=lambda name: manager.registries.cost_models[name].load(),
+        evaluate=evaluate,
+        recovery=settings,
+        describe_blocks=lambda network: manager.hook.secateurs_describe_blocks(model=network),
+        progress=progress or (lambda _: None),
+        seed=seed,
+    )
+    built = [item if isinstance(item, Pass) else build_pass(parse_pass(item), manager) for item in passes]
+    began = time.perf_counter()
+    outcome = run_passes(session, built, manager)
+    pruned = copy.deepcopy(outcome.model) if outcome.model is baseline else outcome.model
+    if settings.epochs:
+        recover(session, pruned, settings)
+    report = _script_report(session, outcome, pruned, time.perf_counter() - began)
+    pruned.train(model.training)
+    return PruneResult(pruned, outcome.plan, report)
+
+
+def _gather(batches: Iterable[Any], example: Dataset, role: str) -> Dataset:
+    """Join batches into one data set whose inputs are named like the example's."""
+    parts = [to_dataset(batch) for batch in batches]
+    if not parts:
+        raise DataError(f"`{role}` has no batches; give an iterable of at least one.")
+    names = list(example.inputs)
+    for part in parts:
+        if len(part.inputs) != len(names):
+            raise DataError(
+                f"`{role}` batches have {len(part.inputs)} inputs, `example_inputs` has {len(names)}; give batches of what the network takes."
+            )
+    inputs = {
+        name: np.concatenate(
+            [list(part.inputs.values())[number] if not part.keyword else part.inputs[name] for part in parts]
+        )
+        for number, name in enumerate(names)
+    }
+    given = [part.labels for part in parts if part.labels is not None]
+    labels = np.concatenate(given) if len(given) == len(parts) else None
+    return Dataset(inputs, labels, role, keyword=example.keyword)
+
+
+def _script_report(session: Session, outcome: Outcome, pruned: nn.Module, seconds: float) -> Report:
+    one = session.roles.calibration.take([0])
+    before, after = (
+        Side(
+            params=cost.total(cost.parameters(network)),
+            macs=cost.total(cost.macs(network, one)),
+            weight_bytes=cost.weight_bytes(network),
+        )
+        for network in (session.baseline, pruned)
+    )
+    reasons = [
+        *outcome.shortfalls,
+        *([] if outcome.plan else ["nothing could be pruned; every reason is listed under `passes`"]),
+    ]
+    return Report(
+        verdict="fail" if reasons else "pass",
+        reasons=reasons,
+        baseline=before,
+        candidate=after,
+        ratios=Ratios(params=ratio(after.params, before.params), macs=ratio(after.macs, before.macs)),
+        passes=list(outcome.records),
+        notes=list(session.roles.notes),
+        environment=environment(session.seed, 1),
+        seconds=seconds,
+    )

@@ -1,0 +1,178 @@
+"""Who reads a unit: found by running the network, independently of any plan and of the dependency graph.
+
+Every layer that mixes channels (linear, convolution, embedding, recurrent, ...) is made to answer with its recorded output, so that a
+disturbance of some units reaches the readers of those units and nobody after them. What then differs at a layer's input is exactly what that
+layer reads of the disturbed units, whatever views, concatenations, splits or attention lie between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.data import Dataset
+from secateurs.forward import call, frozen_randomness, inference, output_tensors
+from secateurs.probe import first_tensor
+
+__all__ = ["Reading", "channel_dim", "masked", "observe_readers"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Where disturbed units arrive.
+
+    Attributes:
+        readers: module name to the sorted channel indices of its input that depend on the disturbed units.
+        reaches_output: whether the network's output depends on them without passing through a reader.
+    """
+
+    readers: Mapping[str, tuple[int, ...]]
+    reaches_output: bool
+
+
+def channel_dim(layer: nn.Module, value: Tensor) -> int:
+    """Return the axis of a layer's input or output that holds the channels."""
+    spatial = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}.get(
+        type(layer)
+    )
+    if spatial is None or (isinstance(layer, nn.BatchNorm1d) and value.ndim == 2):
+        return value.ndim - 1
+    return value.ndim - 1 - spatial
+
+
+def _mixes(layer: nn.Module) -> bool:
+    """Tell whether a layer combines channels: it has a weight of two dimensions or more and is not depthwise."""
+    own = [parameter for parameter in layer.parameters(recurse=False) if parameter.ndim >= 2]
+    return bool(own) and not (
+        getattr(layer, "groups", 1) > 1 and getattr(layer, "groups", 1) == getattr(layer, "in_channels", 0)
+    )
+
+
+class _Recorder:
+    """Outputs and inputs of every mixing layer, call by call; in the second pass, outputs are replayed and inputs compared."""
+
+    def __init__(self, model: nn.Module, disturbed: Mapping[str, tuple[int, ...]]) -> None:
+        self.layers = {name: module for name, module in model.named_modules() if _mixes(module)}
+        self.disturbed = disturbed
+        self.inputs: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        self.outputs: dict[str, list[Any]] = {name: [] for name in self.layers}
+        self.calls = dict.fromkeys(self.layers, 0)
+        self.changed: dict[str, set[int]] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, module in self.layers.items():
+
+                def hook(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                    value = first_tensor((args, kwargs))
+                    self.inputs[name].append(torch.empty(0) if value is None else value.detach().clone())
+                    self.outputs[name].append(output)
+
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, module in self.layers.items():
+
+                def hook(layer: nn.Module, args: Any, kwargs: Any, _: Any, name: str = name) -> Any:
+                    position = self.calls[name]
+                    self.calls[name] += 1
+                    value = first_tensor((args, kwargs))
+                    if value is not None and value.shape == self.inputs[name][position].shape:
+                        self._compare(name, layer, value, self.inputs[name][position])
+                    recorded = self.outputs[name][position]
+                    return self._disturb(layer, recorded, self.disturbed[name]) if name in self.disturbed else recorded
+
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            yield
+
+    def _compare(self, name: str, layer: nn.Module, value: Tensor, clean: Tensor) -> None:
+        dim = channel_dim(layer, value)
+        different = (value != clean) & ~(value.isnan() & clean.isnan())
+        flat = different.movedim(dim, 0).flatten(1).any(1)
+        found = flat.nonzero().flatten().tolist()
+        if found:
+            self.changed.setdefault(name, set()).update(found)
+
+    @staticmethod
+    def _disturb(layer: nn.Module, output: Any, units: tuple[int, ...]) -> Any:
+        """Return the recorded output with noise well beyond its range on some channels, so that no saturation hides it."""
+        value = first_tensor(output)
+        if value is None:
+            return output
+        index = torch.tensor(units, device=value.device)
+        dim = channel_dim(layer, value)
+        part = value.index_select(dim, index)
+        noise = torch.randn(part.shape, dtype=torch.float32, device=value.device).to(value.dtype)
+        disturbed = value.index_copy(dim, index, part + (4.0 * float(value.abs().max()) + 1.0) * noise)
+        return (disturbed, *output[1:]) if isinstance(output, tuple) else disturbed
+
+
+def observe_readers(
+    model: nn.Module, data: Dataset, disturbed: Mapping[str, tuple[int, ...]], *, seed: int = 0, trials: int = 2
+) -> Reading:
+    """Disturb channels of some layers' outputs and see which layers' inputs change.
+
+    Args:
+        model: the network; it is not changed.
+        data: a few examples for the forward passes.
+        disturbed: name of a mixing layer to the output channels to disturb.
+        seed: of the noise.
+        trials: disturbances to join, against one that is hidden by chance.
+
+    Returns:
+        The readers of the disturbed channels.
+    """
+    readers: dict[str, set[int]] = {}
+    reaches = False
+    with inference(model), frozen_randomness(seed):
+        recorder = _Recorder(model, disturbed)
+        with recorder.recording():
+            clean = [value.clone() for value in output_tensors(call(model, data))]
+        for _ in range(trials):
+            recorder.calls = dict.fromkeys(recorder.layers, 0)
+            with recorder.replaying():
+                outputs = output_tensors(call(model, data))
+            reaches |= any(not torch.equal(a, b) for a, b in zip(clean, outputs, strict=True))
+        for name, found in recorder.changed.items():
+            readers.setdefault(name, set()).update(found)
+    return Reading({name: tuple(sorted(found)) for name, found in readers.items()}, reaches)
+
+
+@contextmanager
+def masked(model: nn.Module, masks: Mapping[str, tuple[int, ...]], bypassed: tuple[str, ...] = ()) -> Iterator[None]:
+    """Make `model` the masked original for the length of a block.
+
+    Args:
+        model: the original.
+        masks: reader to the channels of its input that are set to zero.
+        bypassed: blocks that return their first input unchanged.
+    """
+    with ExitStack() as stack:
+        for name, units in masks.items():
+
+            def pre_hook(layer: nn.Module, args: Any, kwargs: Any, units: tuple[int, ...] = units) -> Any:
+                return _zeroed(layer, args, units), kwargs
+
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(pre_hook, with_kwargs=True).remove)
+        for path in bypassed:
+
+            def bypass(_: nn.Module, args: Any, kwargs: Any, __: Any) -> Any:
+                return args[0] if args else next(iter(kwargs.values()))
+
+            stack.callback(model.get_submodule(path).register_forward_hook(bypass, with_kwargs=True).remove)
+        yield
+
+
+def _zeroed(layer: nn.Module, args: tuple[Any, ...], units: tuple[int, ...]) -> tuple[Any, ...]:
+    value = args[0]
+    index = torch.tensor(units, device=value.device)
+    return (value.index_fill(channel_dim(layer, value), index, 0), *args[1:])

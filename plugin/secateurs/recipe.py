@@ -1,0 +1,341 @@
+"""Recipes: what a run does, as YAML.
+
+`${name}` is replaced by the variable of that name (a value that is nothing but `${name}` keeps the variable's type); `--set key=value` sets a
+variable or a dotted key. Unknown keys are errors with the nearest known key. Nothing in a recipe runs code except the factory that it names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from secateurs.budget import Budget, parse_budget
+from secateurs.data import ROLES
+from secateurs.errors import RecipeError, UserError, unknown_name
+from secateurs.settings import ExportSettings, RecoverySettings, TargetSettings
+
+__all__ = ["DataSpec", "ModelSpec", "PassSpec", "Recipe", "load_recipe", "parse_pass", "parse_recipe", "settings_from"]
+
+MAX_RECIPE_BYTES = 1024 * 1024
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSpec(_Section):
+    """Which network: the loader's name (`factory`, ...), what it loads, its arguments and weights."""
+
+    loader: str
+    value: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    weights: Path | None = None
+
+
+class DataSpec(_Section):
+    """Where the examples of one role come from; `options` are the source's own settings."""
+
+    source: str
+    samples: int | None = Field(None, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class PassSpec(_Section):
+    """One pass with its options, as written."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Recipe(_Section):
+    """A whole recipe, resolved: variables replaced, paths absolute."""
+
+    seed: int = 0
+    folder: Path
+    model: ModelSpec
+    data: dict[str, DataSpec]
+    metric: str = "accuracy"
+    passes: tuple[PassSpec, ...] = Field(min_length=1)
+    recovery: RecoverySettings = RecoverySettings()
+    export: ExportSettings = ExportSettings()
+    budget: Budget = Budget()
+    targets: tuple[TargetSettings, ...] = (TargetSettings(),)
+
+    @field_validator("data")
+    @classmethod
+    def _known_roles(cls, value: dict[str, DataSpec]) -> dict[str, DataSpec]:
+        for role in value:
+            if role not in ROLES:
+                raise RecipeError(unknown_name("data role", role, ROLES))
+        return value
+
+    def to_yaml(self) -> str:
+        """Return the resolved recipe in the form that `secateurs run` reads."""
+        model: dict[str, Any] = {self.model.loader: self.model.value}
+        if self.model.arguments:
+            model["arguments"] = self.model.arguments
+        if self.model.weights is not None:
+            model["weights"] = str(self.model.weights)
+        data = {
+            role: {"source": spec.source, **({} if spec.samples is None else {"samples": spec.samples}), **spec.options}
+            for role, spec in self.data.items()
+        }
+        body = {
+            "schema": 1,
+            "seed": self.seed,
+            "folder": str(self.folder),
+            "model": model,
+            "data": data,
+            "metric": self.metric,
+            "passes": [{spec.name: spec.options} for spec in self.passes],
+            "recovery": self.recovery.model_dump(mode="json"),
+            "export": self.export.model_dump(mode="json"),
+            "budget": self.budget.model_dump(mode="json", exclude_none=True),
+            "targets": [target.model_dump(mode="json") for target in self.targets],
+        }
+        return yaml.safe_dump(body, sort_keys=False, width=120)
+
+    def digest(self) -> str:
+        """Return a hash of everything in the recipe, and of the weights file, that determines the result."""
+        hashed = hashlib.sha256(json.dumps(yaml.safe_load(self.to_yaml()), sort_keys=True).encode())
+        if self.model.weights is not None and self.model.weights.is_file():
+            hashed.update(self.model.weights.read_bytes())
+        return hashed.hexdigest()
+
+
+_KEYS = (
+    "schema",
+    "variables",
+    "seed",
+    "folder",
+    "model",
+    "data",
+    "metric",
+    "passes",
+    "recovery",
+    "export",
+    "budget",
+    "targets",
+)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        path: of the YAML file.
+        overrides: `key=value` strings; a key is a variable or a dotted path (list items by number, passes by name too).
+
+    Raises:
+        RecipeError: it is missing, not YAML, or does not follow the form.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_RECIPE_BYTES:
+            raise RecipeError(f"the recipe {str(path)!r} has {size} bytes; at most {MAX_RECIPE_BYTES} are read.")
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {str(path)!r}: {error}. Give the path of a YAML file.") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}.") from None
+    return parse_recipe(data, folder=path.resolve().parent, overrides=overrides)
+
+
+def parse_recipe(data: Any, *, folder: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Check and resolve a recipe given as data.
+
+    Args:
+        data: what the YAML holds.
+        folder: where the recipe lies; its factory is imported from there.
+        overrides: see `load_recipe`.
+
+    Raises:
+        RecipeError: it does not follow the form; the message names the key.
+    """
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"a recipe is a mapping with the keys {', '.join(_KEYS)}; got {type(data).__name__}.")
+    data = json.loads(json.dumps(data, default=str))  # plain data, detached from YAML's shared nodes
+    variables = dict(data.get("variables") or {})
+    for override in overrides:
+        _override(data, variables, override)
+    data.pop("variables", None)
+    data = _substituted(data, variables, "")
+    for key in data:
+        if key not in _KEYS:
+            raise RecipeError(unknown_name("recipe key", str(key), _KEYS))
+    if data.pop("schema", 1) != 1:
+        raise RecipeError("`schema` must be 1, the only version there is.")
+    for key in ("model", "data", "passes"):
+        if not data.get(key):
+            raise RecipeError(f"the recipe has no `{key}`; see the README for a complete one.")
+    try:
+        return Recipe(
+            seed=data.get("seed", 0),
+            folder=Path(data.get("folder") or folder),
+            model=_model(data["model"]),
+            data={str(role): _data(role, spec) for role, spec in _mapping(data["data"], "data").items()},
+            metric=data.get("metric", "accuracy"),
+            passes=tuple(parse_pass(item) for item in _list(data["passes"], "passes")),
+            recovery=_section(RecoverySettings, data.get("recovery"), "recovery"),
+            export=_section(ExportSettings, data.get("export"), "export"),
+            budget=parse_budget(_mapping(data.get("budget") or {}, "budget")),
+            targets=tuple(
+                _section(TargetSettings, item, f"targets.{number}")
+                for number, item in enumerate(_list(data.get("targets") or [{}], "targets"))
+            ),
+        )
+    except ValidationError as error:
+        raise RecipeError(_explain(error, "")) from None
+
+
+def settings_from(model: type[BaseModel], options: Mapping[str, Any], where: str) -> Any:
+    """Build a settings object from options, with the nearest known name for an unknown key.
+
+    Raises:
+        RecipeError: an unknown key or a value that is not allowed.
+    """
+    for key in options:
+        if key not in model.model_fields:
+            raise RecipeError(f"{where}: " + unknown_name("option", str(key), model.model_fields))
+    try:
+        return model(**options)
+    except UserError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    except ValidationError as error:
+        raise RecipeError(_explain(error, where)) from None
+
+
+def _section(model: type[BaseModel], value: Any, where: str) -> Any:
+    return settings_from(model, _mapping(value or {}, where), where)
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    key = ".".join([part for part in (where, *map(str, first["loc"])) if part])
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"`{key}`: {first['msg']}; got {first['input']!r}.{more}"
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"`{where}` must be a mapping, got {value!r}.")
+    return value
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise RecipeError(f"`{where}` must be a list, got {value!r}.")
+    return value
+
+
+def _model(value: Any) -> ModelSpec:
+    spec = dict(_mapping(value, "model"))
+    arguments, weights = spec.pop("arguments", None) or {}, spec.pop("weights", None)
+    if len(spec) != 1:
+        raise RecipeError(
+            f"`model` names one loader (`factory: module:function`) beside `arguments` and `weights`; got {', '.join(spec) or 'none'}."
+        )
+    loader, target = next(iter(spec.items()))
+    weights = None if weights is None else Path(weights).absolute()
+    return ModelSpec(
+        loader=loader, value=str(target), arguments=dict(_mapping(arguments, "model.arguments")), weights=weights
+    )
+
+
+def _data(role: Any, value: Any) -> DataSpec:
+    spec = dict(_mapping(value, f"data.{role}"))
+    if "source" not in spec:
+        raise RecipeError(f"`data.{role}` has no `source`; name a registered data source, for example `source: npz`.")
+    source, samples = spec.pop("source"), spec.pop("samples", None)
+    for key in ("file", "folder"):
+        if isinstance(spec.get(key), str):
+            spec[key] = str(Path(spec[key]).absolute())
+    return DataSpec(source=source, samples=samples, options=spec)
+
+
+def parse_pass(value: Any) -> PassSpec:
+    """Read one item of `passes`: a name, or a mapping of one name to its options."""
+    if isinstance(value, str):
+        return PassSpec(name=value)
+    item = dict(_mapping(value, "passes"))
+    if len(item) != 1:
+        raise RecipeError(
+            f"each item of `passes` is one name with its options (`- mi-nodes: {{target_macs: 0.5}}`); got {item!r}."
+        )
+    name, options = next(iter(item.items()))
+    return PassSpec(name=str(name), options=dict(_mapping(options or {}, f"passes.{name}")))
+
+
+def _substituted(value: Any, variables: Mapping[str, Any], where: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _substituted(item, variables, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_substituted(item, variables, f"{where}.{number}") for number, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def lookup(match: re.Match[str]) -> Any:
+        if match[1] not in variables:
+            raise RecipeError(
+                f"`{where}`: " + unknown_name("variable", match[1], variables) + " Set it with `--set NAME=VALUE`."
+            )
+        return variables[match[1]]
+
+    whole = _VARIABLE.fullmatch(value)
+    return lookup(whole) if whole else _VARIABLE.sub(lambda match: str(lookup(match)), value)
+
+
+def _override(data: dict[str, Any], variables: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise RecipeError(f"`--set` takes key=value, got {override!r}.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"`--set {key}`: {text!r} is not a YAML value: {' '.join(str(error).split())}.") from None
+    if key in variables:
+        variables[key] = value
+        return
+    *path, last = key.split(".")
+    if (path[0] if path else last) not in _KEYS:
+        raise RecipeError(unknown_name("recipe key or variable", key.split(".")[0], [*_KEYS, *variables]))
+    owner: Any = data
+    for part in path:
+        owner = _child(owner, part, key)
+    if isinstance(owner, list):
+        owner[_position(owner, last, key)] = value
+    elif isinstance(owner, dict):
+        owner[last] = value
+    else:
+        raise RecipeError(f"`--set {key}`: {path[-1]!r} is not a mapping.")
+
+
+def _child(owner: Any, part: str, key: str) -> Any:
+    if isinstance(owner, list):
+        position = _position(owner, part, key)
+        item = owner[position]
+        if isinstance(item, str) and item == part:
+            item = owner[position] = {part: {}}
+        return item[part] if isinstance(item, dict) and part in item and not part.isdigit() else item
+    if not isinstance(owner, dict):
+        raise RecipeError(f"`--set {key}`: there is nothing below {part!r}.")
+    if owner.get(part) is None:
+        owner[part] = {}
+    return owner[part]
+
+
+def _position(owner: list[Any], part: str, key: str) -> int:
+    if part.isdigit() and int(part) < len(owner):
+        return int(part)
+    for number, item in enumerate(owner):
+        if item == part or (isinstance(item, dict) and part in item):
+            return number
+    raise RecipeError(f"`--set {key}`: {part!r} is not an item of that list of {len(owner)}.")

@@ -1,0 +1,240 @@
+"""The report of a run: its form, and how it reaches the disk.
+
+`report.json` is a `Report`; its JSON schema ships in the package (`report.schema.json`). A key that was not measured is null, never absent.
+Ratios are candidate over baseline. Times are milliseconds per batch, memory is bytes.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "Accuracy",
+    "BudgetRow",
+    "Certificate",
+    "Environment",
+    "Estimate",
+    "Latency",
+    "Parity",
+    "PassRecord",
+    "Ratios",
+    "Report",
+    "Side",
+    "Skipped",
+    "TargetFigures",
+    "TargetRatios",
+    "atomic_path",
+    "report_schema",
+    "write_text",
+]
+
+Status = Literal["pass", "fail", "undecided"]
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="null")
+
+
+class Skipped(_Form):
+    """Something that was not pruned, and why."""
+
+    where: str
+    reason: str
+
+
+class Certificate(_Form):
+    """The measured difference between the pruned network and the masked original.
+
+    Attributes:
+        max_abs: largest absolute difference of any output.
+        scale: largest absolute output of the masked original.
+        tolerance: share of `scale` that `max_abs` may reach.
+        batch_sizes: the batch sizes it was measured on.
+    """
+
+    max_abs: float
+    scale: float
+    tolerance: float = 1e-4
+    batch_sizes: list[int] = Field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is finite and within the tolerance."""
+        return self.max_abs <= self.tolerance * self.scale
+
+
+class Estimate(_Form):
+    """A measured value with its 95 % interval."""
+
+    value: float
+    ci95: tuple[float, float] | None = None
+
+
+class Accuracy(_Form):
+    """A metric on the evaluation data, measured on the exported file."""
+
+    value: float
+    ci95: tuple[float, float] | None = None
+    n: int
+    metric: str
+
+
+class Latency(_Form):
+    """Milliseconds per batch; a percentile is null where there are too few runs for it."""
+
+    p50: float
+    p95: float | None = None
+    p99: float | None = None
+    n: int
+    cv: float
+
+
+class TargetFigures(_Form):
+    """What was measured of one file on one target."""
+
+    provider: str
+    provider_obtained: str | None = None
+    threads: int
+    batch_size: int
+    latency_ms: Latency | None = None
+    session_ms: float | None = None
+    first_run_ms: float | None = None
+    peak_memory_bytes: int | None = None
+    resident_memory_bytes: int | None = None
+    activation_bytes_planned: int | None = None
+    activation_bytes_profiled: int | None = None
+    fits_bytes: int | None = None
+    nodes_per_provider: dict[str, int] | None = None
+    accuracy: Accuracy | None = None
+
+
+class Side(_Form):
+    """Baseline or candidate."""
+
+    params: int | None = None
+    macs: int | None = None
+    weight_bytes: int | None = None
+    artifact_bytes: int | None = None
+    accuracy: Accuracy | None = None
+    targets: list[TargetFigures] = Field(default_factory=list)
+
+
+class TargetRatios(_Form):
+    """Candidate over baseline on one target."""
+
+    latency_p50: Estimate | None = None
+    peak_memory: float | None = None
+    accuracy_drop: Estimate | None = None
+    agreement: float | None = None
+
+
+class Ratios(_Form):
+    """Candidate over baseline."""
+
+    params: float | None = None
+    macs: float | None = None
+    artifact_bytes: float | None = None
+    targets: list[TargetRatios] = Field(default_factory=list)
+
+
+class PassRecord(_Form):
+    """What one pass did."""
+
+    name: str
+    settings: dict[str, Any]
+    edits: int
+    skipped: list[Skipped] = Field(default_factory=list)
+    certificate: Certificate | None = None
+    seconds: float
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+class Parity(_Form):
+    """Agreement of the exported file with the torch network."""
+
+    max_abs: float
+    max_rel: float
+    tolerance: float
+    batch_sizes: list[int]
+
+
+class BudgetRow(_Form):
+    """One ceiling and whether it holds."""
+
+    name: str
+    target: str | None = None
+    limit: float
+    measured: float | None
+    ci95: tuple[float, float] | None = None
+    status: Status
+    reason: str | None = None
+
+
+class Environment(_Form):
+    """What the figures were measured with."""
+
+    versions: dict[str, str]
+    cpu: str
+    threads: int
+    seed: int
+    git: str | None = None
+
+
+class Report(_Form):
+    """The whole report; `report.json` is this, as JSON."""
+
+    schema_version: Literal[1] = 1
+    verdict: Status
+    reasons: list[str] = Field(default_factory=list)
+    baseline: Side = Field(default_factory=Side)
+    candidate: Side = Field(default_factory=Side)
+    ratios: Ratios = Field(default_factory=Ratios)
+    passes: list[PassRecord] = Field(default_factory=list)
+    parity: Parity | None = None
+    budget: list[BudgetRow] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+    environment: Environment
+    seconds: float | None = None
+
+    def to_json(self) -> str:
+        """Return the report as indented JSON text."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def report_schema() -> dict[str, Any]:
+    """Return the JSON schema that ships in the package."""
+    text = importlib.resources.files("secateurs").joinpath("report.schema.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that becomes `path` if the block ends well, and is removed if it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,334 @@
+"""Running a recipe: from the YAML file to the whole output folder.
+
+Everything that a user may have got wrong is checked before anything is written. Progress is kept in `.secateurs/` inside the output folder, so
+that an interrupted run resumes after its last finished pass; the files that people read appear whole, `report.json` last.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateurs import checkpoint, cost
+from secateurs.data import Dataset, resolve_roles
+from secateurs.errors import DataError, ModelError, RecipeError, UserError
+from secateurs.forward import call, inference, output_tensors, predict
+from secateurs.interfaces import Exporter, Metric, ProgressEvent, Target
+from secateurs.manager import Manager
+from secateurs.passes.base import Pass
+from secateurs.pipeline import Outcome, Session, build_pass, recover, run_passes
+from secateurs.plan import Plan
+from secateurs.proof import Structure, prove
+from secateurs.recipe import DataSpec, Recipe, load_recipe, settings_from
+from secateurs.report import PassRecord, Report, write_text
+from secateurs.settings import TargetSettings
+from secateurs.tables import figure_rows
+
+__all__ = ["OUTPUTS", "Prepared", "dry_run", "model_card", "prepare", "run"]
+
+OUTPUTS = (
+    "report.json",
+    "report.html",
+    "recipe.yaml",
+    "plan.json",
+    "model.safetensors",
+    "model.onnx",
+    "baseline.onnx",
+    "README.md",
+)
+"""The files of an output folder."""
+STATE = ".secateurs"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe whose every part was found and checked.
+
+    Attributes:
+        recipe: as given, resolved.
+        session: network, data, metric, hooks.
+        passes: configured.
+        evaluation: the examples of the verdict, or None.
+        metric: of the recipe.
+        exporter: of the recipe.
+        targets: with their settings; each said that it can measure here.
+        manager: of the plugins.
+    """
+
+    recipe: Recipe
+    session: Session
+    passes: list[Pass]
+    evaluation: Dataset | None
+    metric: Metric
+    exporter: Exporter
+    targets: list[tuple[Target, TargetSettings]]
+    manager: Manager
+
+
+def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent], None] | None = None) -> Prepared:
+    """Look up and check every part of a recipe; nothing is written.
+
+    Raises:
+        UserError: something in the recipe is wrong; the message says what and what is allowed.
+    """
+    registries = manager.registries
+    passes = [build_pass(spec, manager) for spec in recipe.passes]
+    metric = registries.metrics[recipe.metric].make()
+    exporter = registries.exporters[recipe.export.exporter].make()
+    targets = [(registries.targets[settings.provider].make(), settings) for settings in recipe.targets]
+    for target, settings in targets:
+        target.check(settings)
+    sources = {role: _load_data(spec, role, manager) for role, spec in recipe.data.items()}
+    roles = resolve_roles(sources, {role: spec.samples for role, spec in recipe.data.items()}, recipe.seed)
+    if roles.evaluation is None and recipe.budget.accuracy_drop is not None:
+        raise RecipeError(
+            "`budget.accuracy_drop` needs an `evaluation` role in `data`; it is never cut from calibration."
+        )
+    model = _load_model(recipe, manager, roles.calibration)
+    session = Session(
+        baseline=model,
+        roles=roles,
+        cost_models=lambda name: registries.cost_models[name].load(),
+        evaluate=_evaluator(metric, roles.validation),
+        recovery=recipe.recovery,
+        describe_blocks=lambda network: manager.hook.secateurs_describe_blocks(model=network),
+        progress=progress or (lambda _: None),
+        seed=recipe.seed,
+    )
+    return Prepared(recipe, session, passes, roles.evaluation, metric, exporter, targets, manager)
+
+
+def _load_data(spec: DataSpec, role: str, manager: Manager) -> Dataset:
+    entry = manager.registries.datasets[spec.source]
+    return entry.load()(settings_from(entry.load_settings(), spec.options, f"data.{role}"))
+
+
+def _load_model(recipe: Recipe, manager: Manager, data: Dataset) -> nn.Module:
+    spec = recipe.model
+    torch.manual_seed(recipe.seed)
+    loader = manager.registries.models[spec.loader].load()
+    model = loader(spec.value, arguments=spec.arguments, weights=spec.weights, folder=recipe.folder).eval()
+    example = data.take(range(min(2, len(data))))
+    try:
+        with inference(model):
+            outputs = output_tensors(call(model, example))
+    except Exception as error:  # whatever a user's network raises on the user's data
+        shapes = {name: tuple(array.shape[1:]) for name, array in example.inputs.items()}
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"the network does not run on the calibration data (shapes per example {shapes}): {message}."
+        ) from error
+    if not outputs:
+        raise ModelError(
+            "the network returns no floating-point tensor; return the prediction as a tensor, tuple or mapping."
+        )
+    if not all(bool(value.isfinite().all()) for value in outputs):
+        raise ModelError(
+            "the network returns NaN or infinite values on calibration data; check its weights and the normalisation."
+        )
+    return model
+
+
+def _evaluator(metric: Metric, validation: Dataset | None) -> Callable[[nn.Module], float] | None:
+    if validation is None or validation.labels is None:
+        return None
+    labels, sign = validation.labels, 1.0 if metric.higher_is_better else -1.0
+
+    def evaluate(model: nn.Module) -> float:
+        return sign * metric.value(predict(model, validation).float().cpu().numpy(), labels)
+
+    return evaluate
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------------------------
+
+
+def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bool = False) -> Report:
+    """Run a recipe and write the whole output folder.
+
+    Args:
+        prepared: from `prepare`.
+        output: the folder; new or empty, unless `resume` or `overwrite` says otherwise.
+        resume: go on after the last finished pass of the same recipe; a finished run is read back.
+        overwrite: replace the files of an earlier run.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    began = time.perf_counter()
+    recipe, session = prepared.recipe, prepared.session
+    finished = _open_folder(output, recipe, resume=resume, overwrite=overwrite)
+    if finished is not None:
+        return finished
+    start = _load_state(output, recipe, session)
+    outcome = run_passes(
+        session, prepared.passes, prepared.manager, start, after=lambda done: _save_state(output, recipe, done)
+    )
+    model = copy.deepcopy(outcome.model)
+    if recipe.recovery.epochs and outcome.plan:
+        recover(session, model, recipe.recovery)
+    report = _prove(prepared, outcome, model, output)
+    report.notes += session.roles.notes
+    report.passes = list(outcome.records)
+    report.seconds = time.perf_counter() - began
+    checkpoint.save(model, outcome.plan, output)
+    write_text(output / "recipe.yaml", recipe.to_yaml())
+    write_text(output / "README.md", model_card(report, recipe))
+    write_text(output / "report.json", report.to_json())
+    prepared.manager.hook.secateurs_after_run(report=report, folder=output)
+    shutil.rmtree(output / STATE, ignore_errors=True)
+    return report
+
+
+def dry_run(prepared: Prepared) -> Outcome:
+    """Run the passes without recovery, export or measurement, and write nothing."""
+    return run_passes(prepared.session, prepared.passes, prepared.manager)
+
+
+def _prove(prepared: Prepared, outcome: Outcome, model: nn.Module, output: Path) -> Report:
+    """Export both networks into the output folder and measure the files."""
+    recipe, session = prepared.recipe, prepared.session
+    calibration = session.roles.calibration
+    example = calibration.take(range(min(8, len(calibration))))
+    artifacts = []
+    for number, (network, name) in enumerate(((session.baseline, "baseline.onnx"), (model, "model.onnx"))):
+        session.progress(ProgressEvent("export", number, 2, name))
+        artifacts.append(prepared.exporter(network, example, output / name, opset=recipe.export.opset))
+    one = calibration.take([0])
+    before, after = (
+        Structure(cost.total(cost.parameters(m)), cost.total(cost.macs(m, one))) for m in (session.baseline, model)
+    )
+    reasons = list(outcome.shortfalls)
+    if not outcome.plan:
+        reasons.append("nothing could be pruned; every reason is listed under `passes`")
+    return prove(
+        artifacts[0],
+        artifacts[1],
+        prepared.targets,
+        budget=recipe.budget,
+        evaluation=prepared.evaluation,
+        metric=prepared.metric,
+        seed=recipe.seed,
+        structures=(before, after),
+        reasons=reasons,
+        progress=session.progress,
+    )
+
+
+def _open_folder(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Report | None:
+    """Make the output folder ready; return the report if the same recipe has been finished in it and is resumed."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise UserError(f"the output {str(output)!r} is not a plain folder; choose another with `--output`.")
+    content = sorted(path.name for path in output.iterdir()) if output.exists() else []
+    state = output / STATE / "state.json"
+    if content and not (resume or overwrite):
+        listed = ", ".join(content[:5]) + (", ..." if len(content) > 5 else "")
+        raise UserError(
+            f"the output folder {str(output)!r} is not empty ({listed}); give `--resume`, `--overwrite` or another `--output`."
+        )
+    if resume and content:
+        known = _digest_of(state) if state.exists() else _digest_of_finished(output)
+        if known != recipe.digest():
+            raise UserError(
+                f"the output folder {str(output)!r} holds a run of another recipe; `--resume` needs the same recipe, options and weights. "
+                f"Give `--overwrite` or another `--output`."
+            )
+        if not state.exists():
+            return Report.model_validate_json((output / "report.json").read_bytes())
+    if overwrite:
+        for name in OUTPUTS:
+            (output / name).unlink(missing_ok=True)
+        shutil.rmtree(output / STATE, ignore_errors=True)
+    try:
+        (output / STATE).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the output folder {str(output)!r}: {error.strerror}; choose another with `--output`."
+        ) from None
+    return None
+
+
+def _digest_of(state: Path) -> str | None:
+    try:
+        digest = json.loads(state.read_text(encoding="utf-8")).get("digest")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return digest if isinstance(digest, str) else None
+
+
+def _digest_of_finished(output: Path) -> str | None:
+    """Return the digest of the recipe that a finished run left, or None where there is none."""
+    if not (output / "report.json").exists() or not (output / "recipe.yaml").exists():
+        return None
+    return load_recipe(output / "recipe.yaml").digest()
+
+
+def _save_state(output: Path, recipe: Recipe, outcome: Outcome) -> None:
+    """Keep what a resumed run needs; the file that names the state is written last."""
+    number = len(outcome.records)
+    checkpoint.save(outcome.model, outcome.plan, output / STATE / f"pass{number}")
+    body: dict[str, Any] = {
+        "digest": recipe.digest(),
+        "finished": number,
+        "records": [record.model_dump(mode="json") for record in outcome.records],
+        "shortfalls": list(outcome.shortfalls),
+    }
+    write_text(output / STATE / "state.json", json.dumps(body))
+
+
+def _load_state(output: Path, recipe: Recipe, session: Session) -> Outcome:
+    state = output / STATE / "state.json"
+    if not state.exists() or _digest_of(state) != recipe.digest():
+        return Outcome(session.baseline)
+    body = json.loads(state.read_text(encoding="utf-8"))
+    folder = output / STATE / f"pass{int(body['finished'])}"
+    return Outcome(
+        checkpoint.load(folder, build=session.baseline),
+        Plan.load(folder / "plan.json"),
+        tuple(PassRecord.model_validate(record) for record in body["records"]),
+        tuple(body["shortfalls"]),
+    )
+
+
+# --- the model card ---------------------------------------------------------------------------------------------------------------------
+
+
+def model_card(report: Report, recipe: Recipe) -> str:
+    """Return the model card of an output folder, as Markdown."""
+    rows = "\n".join(
+        f"| {row.name} | {row.baseline} | {row.candidate} | {row.ratio} | {row.budget} | {row.status or ''} |"
+        for row in figure_rows(report)
+    )
+    passes = "\n".join(
+        f"* `{record.name}`: {record.edits} edits, {len(record.skipped)} skipped" for record in report.passes
+    )
+    return f"""# Pruned network
+
+Verdict: **{report.verdict}**{"".join(f" ({reason})" for reason in report.reasons)}
+
+| | baseline | candidate | ratio | budget | verdict |
+|---|---|---|---|---|---|
+{rows}
+
+## How it was made
+
+{passes}
+
+Network: `{recipe.model.loader}: {recipe.model.value}`. The resolved recipe is `recipe.yaml`; every edit, with its reason, is in `plan.json`.
+
+## How to use it
+
+`model.onnx` runs on onnxruntime by itself. The torch network is rebuilt without pickle:
+
+    import secateurs
+    model = secateurs.load("FOLDER", build=MyNetwork)  # MyNetwork() returns the original structure
+"""

@@ -1,0 +1,64 @@
+r"""How much the loss cares for each output of a layer: the mean squared gradient.
+
+Labels are drawn from the network's own predictions, so that the mean squared gradient is the diagonal of the Fisher information with respect to
+the layer's output; unlabelled data are enough.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.data import Dataset
+from secateurs.forward import call, frozen_randomness, logits
+from secateurs.readers import channel_dim
+
+__all__ = ["output_sensitivity"]
+
+
+def output_sensitivity(
+    model: nn.Module, names: Sequence[str], data: Dataset, *, batch_size: int = 64, seed: int = 0
+) -> dict[str, Tensor]:
+    """Return the mean squared gradient of the loss at each layer's output, one value per channel.
+
+    Args:
+        model: the network; a copy is used.
+        names: the layers.
+        data: examples; labels are not used.
+        batch_size: examples per backward pass.
+        seed: of the drawn labels.
+
+    Returns:
+        By layer, shape `(channels,)`, float64.
+    """
+    twin = copy.deepcopy(model).eval()
+    for parameter in twin.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    outputs: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {name: twin.get_submodule(name) for name in names}
+    for name in names:
+
+        def keep(_: nn.Module, __: Any, output: Tensor, name: str = name) -> None:
+            outputs[name] = output
+
+        twin.get_submodule(name).register_forward_hook(keep)
+    with torch.enable_grad(), frozen_randomness(seed):
+        for batch in data.batches(batch_size):
+            prediction = logits(call(twin, batch))
+            flat = prediction.reshape(-1, prediction.shape[-1])
+            labels = torch.distributions.Categorical(logits=flat.detach()).sample()
+            loss = torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
+            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
+            for name, gradient in zip(outputs, gradients, strict=True):
+                if gradient is None:
+                    continue
+                dim = channel_dim(layers[name], gradient)
+                per_channel = gradient.double().square().movedim(dim, 0).flatten(1).sum(1)
+                sums[name] = sums.get(name, 0) + per_channel
+    ones = {name: torch.ones(layers[name].weight.shape[0], dtype=torch.float64) for name in names}
+    return {name: sums.get(name, ones[name]) / len(data) for name in names}

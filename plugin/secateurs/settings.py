@@ -1,0 +1,149 @@
+"""The options of every built-in pass and of the other parts of a recipe, free of torch.
+
+Arguments are documented once, here: passes, command line and `secateurs passes --json` read them from these models.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "CkaClusterSettings",
+    "ExportSettings",
+    "MagnitudeSettings",
+    "MiNodesSettings",
+    "NodeSettings",
+    "PassSettings",
+    "RecoverySettings",
+    "TargetSettings",
+]
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+TargetRatio = Annotated[float, Field(gt=0, le=1)]
+
+
+class PassSettings(BaseModel):
+    """Base of every pass's options: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CkaClusterSettings(PassSettings):
+    """Options of `cka-cluster` (MPruner)."""
+
+    threshold: Fraction = Field(
+        0.98, description="a block joins a cluster while its CKA with the cluster's first block is at least this"
+    )
+    granularity: int = Field(
+        1, ge=1, le=3, description="k: remove members 1, 1+k, 1+2k, ... of each cluster; raised after a rejection"
+    )
+    max_granularity: int = Field(3, ge=1, description="stop when k would pass this")
+    tolerance: Fraction = Field(
+        0.04, description="largest drop of the metric on validation data for a round to be accepted"
+    )
+    max_rounds: int = Field(10, ge=1, description="stop after this many accepted rounds")
+    max_blocks: int | None = Field(
+        None, ge=1, description="remove at most this many blocks, the most similar first; None removes all"
+    )
+    estimator: Literal["unbiased", "biased"] = Field(
+        "unbiased", description="`biased` is paper mode and depends on the batch size"
+    )
+    batch_size: int = Field(64, ge=4, description="examples per Gram matrix")
+    recovery_epochs: int = Field(
+        0, ge=0, description="epochs of recovery training before each round is judged (the paper uses 3)"
+    )
+
+
+class NodeSettings(PassSettings):
+    """Options that all node-pruning passes share: how much, where, and how the network is mended.
+
+    Targets are ratios candidate / baseline of the whole network; `target_units` leaves that share of every group's units.
+    """
+
+    target_macs: TargetRatio | None = Field(None, description="MACs left, candidate / baseline")
+    target_parameters: TargetRatio | None = Field(None, description="parameters left, candidate / baseline")
+    target_units: TargetRatio | None = Field(None, description="share of units left in every group")
+    allocation: Literal["measured", "uniform"] = Field(
+        "measured", description="how removals are spread over groups to meet a target"
+    )
+    refit: Literal["dense", "none"] = Field(
+        "dense", description="least-squares update of the consumers towards the dense network"
+    )
+    refit_scope: Literal["downstream", "consumers"] = Field(
+        "downstream", description="refit every layer behind the first removal, or only the layers that lost inputs"
+    )
+    coupled: bool = Field(True, description="also prune units that are coupled through additions (residual streams)")
+    min_units: int = Field(1, ge=1, description="units that every group keeps at the least")
+    round_to: int = Field(1, ge=1, description="keep a multiple of this many units in every group")
+    grid: int = Field(8, ge=2, le=64, description="removal ratios that measured allocation tries per group")
+    held_out: int = Field(
+        256, ge=16, description="examples on which allocation measures divergence from the dense network"
+    )
+    ridge: float = Field(1e-3, gt=0, description="added to covariances, relative to their mean variance")
+    max_group_items: int = Field(
+        20_000, ge=1, description="a group with more (layer, dimension) entries than this is skipped"
+    )
+    time_limit: float = Field(60.0, gt=0, description="seconds after which enumerating a group is given up")
+
+
+class MiNodesSettings(NodeSettings):
+    """Options of `mi-nodes` (MIPP)."""
+
+    estimator: Literal["gaussian"] = Field("gaussian", description="closed-form Gaussian mutual information")
+    criteria: tuple[Literal["information", "residual", "magnitude"], ...] = Field(
+        ("information", "residual", "magnitude"),
+        min_length=1,
+        description="removal orders that allocation chooses from, per group",
+    )
+    noise_floor: float = Field(
+        1e-2, gt=0, description="noise on the consumer's outputs, relative to their mean variance"
+    )
+    loss_weighting: bool = Field(True, description="weight the consumer's outputs by their mean squared loss gradient")
+
+
+class MagnitudeSettings(NodeSettings):
+    """Options of `magnitude`: Torch-Pruning's group magnitude importance."""
+
+    p: Literal[1, 2] = Field(2, description="norm")
+    refit: Literal["dense", "none"] = Field(
+        "none", description="least-squares update of the consumers towards the dense network"
+    )
+    allocation: Literal["measured", "uniform"] = Field(
+        "uniform", description="how removals are spread over groups to meet a target"
+    )
+
+
+class RecoverySettings(PassSettings):
+    """Training after the passes, on the training role."""
+
+    epochs: int = Field(0, ge=0, description="0 trains nothing")
+    learning_rate: float = Field(1e-3, gt=0, description="peak of the cosine schedule (AdamW)")
+    batch_size: int = Field(64, ge=1, description="examples per step")
+    weight_decay: float = Field(1e-4, ge=0, description="of AdamW")
+    distill: bool = Field(True, description="learn from the dense network's outputs beside the labels")
+    temperature: float = Field(2.0, gt=0, description="of the distillation")
+
+
+class ExportSettings(PassSettings):
+    """How the network is written."""
+
+    exporter: str = Field("dynamo", description="a registered exporter")
+    opset: int = Field(20, ge=9, description="ONNX opset")
+
+
+class TargetSettings(PassSettings):
+    """Where and how the files are run and measured."""
+
+    provider: str = Field("CPUExecutionProvider", description="a registered target, named after its execution provider")
+    threads: int = Field(1, ge=1, description="intra-op threads")
+    batch_size: int = Field(1, ge=1, description="examples per run")
+    processes: int = Field(5, ge=5, description="fresh processes for latency; each holds both sessions")
+    max_processes: int = Field(
+        15, ge=5, description="latency takes more processes, up to this, while a verdict is undecided"
+    )
+    repeats: int = Field(40, ge=4, description="ABBA rounds per process")
+    warmup: int = Field(20, ge=1, description="unmeasured runs per session")
+    memory_repeats: int = Field(3, ge=1, description="fresh processes per file for memory")
+    options: dict[str, Any] = Field(default_factory=dict, description="provider options, passed to onnxruntime")

@@ -1,0 +1,152 @@
+r"""Similarity of representations: unbiased minibatch linear CKA, all pairs in one matrix product.
+
+For a batch of $n \ge 4$ examples with features $X_l$ flattened to shape $(n, d_l)$: $K = X X^\top$ with zero diagonal is U-centred,
+$m = K\mathbf 1/(n-2)$, $m \mathrel{-}= \sum m / (2(n-1))$, $\hat K = K - m\mathbf 1^\top - \mathbf 1 m^\top$ with zero diagonal, and
+$\mathrm{HSIC}_u(l, k) = \langle \hat K_l, \hat K_k\rangle / (n(n-3))$. With $\mathrm{vec}(\hat K_l)$ as the rows of $G$, all pairs are
+$G G^\top$, summed over batches in float64; $\mathrm{CKA} = S_{lk} / \sqrt{S_{ll} S_{kk}}$ at the end. Memory is $L n^2$ whatever the number of
+batches.
+
+The biased estimator (paper mode) centres with $H = I - \mathbf 1\mathbf 1^\top/n$ instead. It is not interpretable at small $n$: independent
+features of width 768 score .92 at $n = 64$.
+
+References:
+    Kornblith et al. 2019; Song et al. 2012 (U-statistic); Nguyen et al. 2021 (minibatch form).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from secateurs.data import Dataset
+from secateurs.errors import DataError
+
+__all__ = ["CkaAccumulator", "Estimator", "centred_gram", "linear_cka"]
+
+Estimator = Literal["unbiased", "biased"]
+MINIMUM_EXAMPLES = 4
+
+
+def centred_gram(x: Tensor, estimator: Estimator = "unbiased") -> Tensor:
+    """Return the centred Gram matrix of features, flattened to a row.
+
+    Args:
+        x: features, shape `(n, ...)`; everything after the first axis is flattened.
+        estimator: U-centred with zero diagonal (`unbiased`), or doubly centred (`biased`).
+
+    Returns:
+        Shape `(n * n,)`, in the precision of `x` (at least float32).
+    """
+    flat = x.flatten(1)
+    if flat.dtype not in (torch.float32, torch.float64):
+        flat = flat.float()
+    n = flat.shape[0]
+    gram = flat @ flat.T
+    if estimator == "biased":
+        mean = gram.mean(0)
+        return (gram - mean[:, None] - mean[None, :] + mean.mean()).flatten()
+    gram.fill_diagonal_(0)
+    mean = gram.sum(1) / (n - 2)
+    mean -= mean.sum() / (2 * (n - 1))
+    gram -= mean[:, None]
+    gram -= mean[None, :]
+    return gram.fill_diagonal_(0).flatten()
+
+
+class CkaAccumulator:
+    """All-pairs CKA of several modules over many batches; memory does not grow with the batches.
+
+    Attach `tap(name)` to each module, call `end_batch()` after each forward pass, then `compute()`.
+
+    Args:
+        names: the modules, in order.
+        estimator: see the module's docstring.
+    """
+
+    def __init__(self, names: Sequence[str], estimator: Estimator = "unbiased") -> None:
+        self.names = list(names)
+        self.estimator: Estimator = estimator
+        self.examples = 0
+        self._rows: dict[str, Tensor] = {}
+        self._sums = torch.zeros(len(self.names), len(self.names), dtype=torch.float64)
+
+    def tap(self, name: str) -> Callable[[Tensor, Tensor], None]:
+        """Return the tap for one module's output."""
+
+        def update(_: Tensor, outputs: Tensor) -> None:
+            self._rows[name] = centred_gram(outputs.detach(), self.estimator)
+
+        return update
+
+    def end_batch(self, _batch: Dataset | None = None, _output: Any = None) -> None:
+        """Add the batch whose outputs were tapped; batches of fewer than 4 examples are left out."""
+        missing = [name for name in self.names if name not in self._rows]
+        if missing:
+            raise DataError(
+                f"CKA: the module {missing[0]!r} was not called in the forward pass; name blocks that run on every batch."
+            )
+        grams = torch.stack([self._rows.pop(name) for name in self.names])
+        n = round(grams.shape[1] ** 0.5)
+        if n < MINIMUM_EXAMPLES:
+            return
+        scale = n * (n - 3) if self.estimator == "unbiased" else (n - 1) ** 2
+        # Grams are scaled to unit size before the product: float32 then loses nothing to large feature norms.
+        size = grams.abs().amax(1, keepdim=True).double().clamp_min(1e-300)
+        unit = (grams / size).to(grams.dtype)
+        self._sums += (unit @ unit.T).double() * (size * size.T) / scale
+        self.examples += n
+
+    def compute(self) -> Tensor:
+        """Return the CKA matrix, shape `(L, L)`, float64; entries may be slightly negative.
+
+        Raises:
+            DataError: fewer than 4 examples were seen, or a module is constant or not finite.
+        """
+        if self.examples < MINIMUM_EXAMPLES:
+            raise DataError(
+                f"CKA needs batches of at least {MINIMUM_EXAMPLES} examples; saw {self.examples}. Give more calibration data."
+            )
+        own = self._sums.diagonal()
+        for name, value in zip(self.names, own.tolist(), strict=True):
+            if value != value or value in (float("inf"), float("-inf")):
+                raise DataError(
+                    f"CKA: the outputs of {name!r} hold NaN or infinite values; check the network on the calibration data."
+                )
+            if value <= 0:
+                raise DataError(
+                    f"CKA: the outputs of {name!r} are the same for every example; it cannot be compared with other layers."
+                )
+        return self._sums / torch.sqrt(own[:, None] * own[None, :])
+
+
+def linear_cka(x: Tensor, y: Tensor, estimator: Estimator = "unbiased") -> Tensor:
+    r"""Linear centred kernel alignment of two representations of the same examples.
+
+    $\mathrm{CKA}(X, Y) = \mathrm{HSIC}(X, Y) / \sqrt{\mathrm{HSIC}(X, X)\,\mathrm{HSIC}(Y, Y)}$. About 0 for independent representations, 1 for
+    equal up to rotation and scale.
+
+    Args:
+        x: activations $X$, shape `(n, ...)`, one row per example.
+        y: activations $Y$, shape `(n, ...)`, the same examples in the same order.
+        estimator: `unbiased` (U-statistic) or `biased`.
+
+    Returns:
+        Scalar, float64.
+
+    Raises:
+        DataError: fewer than 4 rows, different numbers of rows, or a constant input.
+
+    >>> x = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 3.0], [4.0, 1.0], [0.0, 5.0]])
+    >>> round(float(linear_cka(x, 3 * x)), 6)
+    1.0
+    """
+    if len(x) != len(y):
+        raise DataError(f"CKA compares the same examples: got {len(x)} rows and {len(y)} rows.")
+    accumulator = CkaAccumulator(["x", "y"], estimator)
+    accumulator.tap("x")(x, x)
+    accumulator.tap("y")(y, y)
+    accumulator.end_batch()
+    return accumulator.compute()[0, 1]

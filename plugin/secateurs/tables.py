@@ -1,0 +1,129 @@
+"""A report's figures as rows of text: the same rows in the terminal, in the model card and in the HTML page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from secateurs.report import BudgetRow, Report, Status, TargetFigures, TargetRatios
+
+__all__ = ["FigureRow", "figure_rows"]
+
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class FigureRow:
+    """One figure: baseline, candidate, ratio, and the budget with its status where there is one."""
+
+    name: str
+    baseline: str
+    candidate: str
+    ratio: str = ""
+    budget: str = ""
+    status: Status | None = None
+
+
+def figure_rows(report: Report) -> list[FigureRow]:
+    """Return every figure that was measured or has a budget, in the order in which people ask for them."""
+    b, c, r = report.baseline, report.candidate, report.ratios
+    budget = {(row.name, row.target): row for row in report.budget}
+    rows: list[FigureRow | None] = [
+        _row("parameters", b.params, c.params, r.params, budget.get(("parameters_ratio", None)), count=True),
+        _row("MACs", b.macs, c.macs, r.macs, budget.get(("macs_ratio", None)), count=True),
+        _row(
+            "all files, MiB",
+            _mib(b.artifact_bytes),
+            _mib(c.artifact_bytes),
+            r.artifact_bytes,
+            budget.get(("artifact_mib", None)),
+            budget.get(("artifact_ratio", None)),
+        ),
+    ]
+    for before, after, ratios in zip(b.targets, c.targets, r.targets, strict=True):
+        rows += _target_rows(before, after, ratios, budget)
+    return [row for row in rows if row is not None]
+
+
+def _target_rows(
+    before: TargetFigures, after: TargetFigures, ratios: TargetRatios, budget: dict[tuple[str, str | None], BudgetRow]
+) -> list[FigureRow | None]:
+    label = f"{before.provider} batch {before.batch_size}"
+    where = f"{before.provider.removesuffix('ExecutionProvider')}, batch {before.batch_size}, {before.threads} thread"
+    where += "s" if before.threads > 1 else ""
+    accuracy = latency = None
+    if before.accuracy is not None and after.accuracy is not None:
+        row = budget.get(("accuracy_drop", label))
+        drop = ratios.accuracy_drop
+        accuracy = FigureRow(
+            f"{before.accuracy.metric}, {before.accuracy.n} examples",
+            f"{before.accuracy.value:.4f}",
+            f"{after.accuracy.value:.4f}",
+            "" if drop is None else f"drop {drop.value:.4f}",
+            "" if row is None else f"drop <= {row.limit:g}",
+            None if row is None else row.status,
+        )
+    elif ratios.agreement is not None:
+        accuracy = FigureRow("agreement of the outputs", "", f"{ratios.agreement:.4f}")
+    if before.latency_ms is not None and after.latency_ms is not None:
+        measured = ratios.latency_p50
+        rows = [row for name in ("latency_ratio", "latency_ms") if (row := budget.get((name, label)))]
+        spread = (
+            "" if measured is None or measured.ci95 is None else f" [{measured.ci95[0]:.3f}, {measured.ci95[1]:.3f}]"
+        )
+        latency = FigureRow(
+            f"latency p50, ms ({where})",
+            f"{before.latency_ms.p50:.4g}",
+            f"{after.latency_ms.p50:.4g}",
+            "" if measured is None else f"{measured.value:.3f}{spread}",
+            _limits(rows),
+            _worst(rows),
+        )
+    activations = (before.activation_bytes_profiled, after.activation_bytes_profiled)
+    share = None if None in activations or not activations[0] else (activations[1] or 0) / activations[0]
+    return [
+        accuracy,
+        latency,
+        _row(
+            f"peak memory, MiB ({where})",
+            _mib(before.peak_memory_bytes),
+            _mib(after.peak_memory_bytes),
+            ratios.peak_memory,
+            budget.get(("peak_memory_mib", label)),
+            budget.get(("peak_memory_ratio", label)),
+        ),
+        _row(f"activation peak, MiB ({where})", _mib(activations[0]), _mib(activations[1]), share),
+    ]
+
+
+def _row(
+    name: str,
+    before: float | None,
+    after: float | None,
+    share: float | None,
+    *limits: BudgetRow | None,
+    count: bool = False,
+) -> FigureRow | None:
+    if before is None and after is None:
+        return None
+    rows = [row for row in limits if row is not None]
+
+    def text(value: float | None) -> str:
+        return "not measured" if value is None else f"{int(value):,}" if count else f"{value:.4g}"
+
+    return FigureRow(
+        name, text(before), text(after), "" if share is None else f"{share:.3f}", _limits(rows), _worst(rows)
+    )
+
+
+def _limits(rows: list[BudgetRow]) -> str:
+    units = {"latency_ms": " ms", "artifact_mib": " MiB", "peak_memory_mib": " MiB"}
+    return ", ".join(f"<= {row.limit:g}{units.get(row.name, '')}" for row in rows)
+
+
+def _worst(rows: list[BudgetRow]) -> Status | None:
+    found = {row.status for row in rows}
+    return next((status for status in ("fail", "undecided", "pass") if status in found), None)
+
+
+def _mib(value: int | None) -> float | None:
+    return None if value is None else value / _MIB
