@@ -55,8 +55,8 @@ def load_factory(value: str, *, arguments: Mapping[str, Any], weights: Path | No
             network = factory(**arguments)
         except (Exception, SystemExit) as error:
             raise ModelError(
-                f"the factory {value!r}{_signature(factory)} raised {_said(error)} when called with {dict(arguments)}; "
-                f"change `arguments`, or mend the factory."
+                f"calling the factory {value!r} with {dict(arguments)} raised {_said(error)} {_parameters(factory)}Change "
+                f"`arguments`, or mend the factory."
             ) from error
     if not isinstance(network, nn.Module):
         raise ModelError(f"the factory {value!r} returned {_kind(network)}; return an instance of `torch.nn.Module`.")
@@ -92,7 +92,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
         problems += _listed("unexpected in the file", (name for name in tensors if name not in state))
     if problems:
         raise ModelError(
-            f"the weights {str(path)!r} do not fit {type(network).__name__}:\n{problems}\nGive the weights of this "
+            f"the weights {str(path)!r} do not fit {type(network).__name__}:\n{problems}Give the weights of this "
             f"network, or the `arguments` with which they were trained."
         )
 
@@ -102,7 +102,7 @@ def _filled(network: nn.Module, tensors: dict[str, Any]) -> Any:
         return network.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise ModelError(
-            f"{type(network).__name__} does not take the weights ({_said(error)}); mend its hooks."
+            f"{type(network).__name__} does not take the weights: {_said(error)} Mend its hooks."
         ) from error
 
 
@@ -121,7 +121,7 @@ def _read(path: Path) -> dict[str, Any]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"the weights file {str(path)!r} cannot be read as safetensors ({_said(error)}); write it with "
+            f"the weights file {str(path)!r} cannot be read as safetensors: {_said(error)} Write it with "
             f"`safetensors.torch.save_file(network.state_dict(), FILE)`."
         ) from error
 
@@ -171,7 +171,7 @@ def _module(name: str, folder: Path) -> ModuleType:
                 f"{str(folder)!r}; no installed package has that name either."
             ) from error
         raise ModelError(
-            f"importing the module {name!r} raised {_said(error)}; mend or install what it needs."
+            f"importing the module {name!r} raised {_said(error)} Mend it, or install what it needs."
         ) from error
     source = _source(module)
     if local is not None and source != local:
@@ -201,11 +201,12 @@ def _attribute(module: ModuleType, attribute: str) -> Any:
     raise ModelError(f"{str(_source(module) or module.__name__)!r}: {unknown_name('function', attribute, known)}")
 
 
-def _signature(factory: Any) -> str:
+def _parameters(factory: Any) -> str:
     try:
-        return str(inspect.signature(factory))
+        names = list(inspect.signature(factory).parameters)
     except (TypeError, ValueError):
         return ""
+    return f"It takes {', '.join(names) or 'no arguments'}. "
 
 
 def _kind(value: object) -> str:
@@ -213,4 +214,4 @@ def _kind(value: object) -> str:
 
 
 def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+    return f"{type(error).__name__}: {error}".rstrip(": .") + "."

@@ -22,6 +22,8 @@ from secateurs.groups import Group
 
 __all__ = ["Option", "WidthCost", "allocate", "allocate_uniform"]
 
+BROKEN = 1e9
+"""Stands for an infinite divergence (a network that returns NaN) in the dynamic program, where infinities cannot be compared."""
 BINS = 4096
 """Steps into which the dynamic program divides the allowed cost."""
 MAX_COMBINATIONS = 512
@@ -44,29 +46,43 @@ class Option:
 
 
 class WidthCost:
-    """Predicts the cost of widths: each layer's cost is proportional to the product of its widths.
+    """Predicts the cost of widths: each layer's cost is proportional to the product of its input and output width.
+
+    A width that several groups make up (a concatenation) is the sum of their parts.
 
     Args:
         costs: cost of each module of the dense network, by name.
         groups: the groups whose widths vary.
+        sizes: channels of a module's side (`in` or `out`), where groups make up only a part of them; absent sides are all groups'.
     """
 
-    def __init__(self, costs: Mapping[str, float], groups: Sequence[Group]) -> None:
-        factors: dict[str, list[str]] = {}
+    def __init__(
+        self, costs: Mapping[str, float], groups: Sequence[Group], sizes: Mapping[tuple[str, str], int] | None = None
+    ) -> None:
+        parts: dict[str, dict[str, dict[str, int]]] = {}
         self._units = {group.root: group.units for group in groups}
         for group in groups:
             for member in group.members:
-                factors.setdefault(member.module, []).append(group.root)
-        self._fixed = sum(value for name, value in costs.items() if name not in factors)
-        self._terms = [(value, tuple(factors[name])) for name, value in costs.items() if name in factors]
+                side = parts.setdefault(member.module, {}).setdefault("in" if member.kind == "in" else "out", {})
+                side[group.root] = side.get(group.root, 0) + member.index.size
+        known = sizes or {}
+        self._fixed = sum(value for name, value in costs.items() if name not in parts)
+        self._terms: list[tuple[float, tuple[Mapping[str, float], ...]]] = []
+        for name, value in costs.items():
+            sides = []
+            for side_name, side in parts.get(name, {}).items():
+                size = known.get((name, side_name), sum(side.values()))
+                sides.append({root: entries / size for root, entries in side.items()})
+            if sides:
+                self._terms.append((value, tuple(sides)))
 
     def shared(self) -> set[str]:
         """Return the smallest convenient set of groups without which no layer has two groups: those that share most layers."""
         chosen: set[str] = set()
         while True:
             clashes: dict[str, set[str]] = {}
-            for _, roots in self._terms:
-                distinct = set(roots) - chosen
+            for _, sides in self._terms:
+                distinct = set().union(*sides) - chosen
                 for root in distinct:
                     clashes.setdefault(root, set()).update(distinct - {root})
             worst = max(clashes, key=lambda root: (len(clashes[root]), root), default=None)
@@ -76,8 +92,11 @@ class WidthCost:
 
     def __call__(self, keep: Mapping[str, int]) -> float:
         """Return the cost of the whole network when `keep[root]` units of each group stay; absent groups keep all."""
-        share = {root: keep.get(root, units) / units for root, units in self._units.items()}
-        return self._fixed + sum(value * math.prod(share[root] for root in roots) for value, roots in self._terms)
+        gone = {root: 1 - keep.get(root, units) / units for root, units in self._units.items()}
+        return self._fixed + sum(
+            value * math.prod(1 - sum(part * gone[root] for root, part in side.items()) for side in sides)
+            for value, sides in self._terms
+        )
 
 
 def allocate_uniform(
@@ -180,7 +199,7 @@ def _dynamic_program(
             if bins > BINS:
                 continue
             trial = np.full(BINS + 1, np.inf)
-            trial[bins:] = table[: BINS + 1 - bins] + option.divergence
+            trial[bins:] = table[: BINS + 1 - bins] + min(option.divergence, BROKEN)
             pick = np.where(trial < fresh, number, pick)
             fresh = np.minimum(trial, fresh)
         picks.append((root, pick))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.data import Dataset
-from secateurs.forward import call, inference, output_tensors
+from secateurs.forward import call, frozen_randomness, inference, output_tensors
 from secateurs.probe import first_tensor
 from secateurs.readers import masked
 
@@ -108,7 +108,7 @@ def _has_residual_path(block: nn.Module, record: _Call) -> bool:
     """Tell whether the block's output still depends on its input while every layer inside that mixes channels is silenced."""
     if record.inputs is None or record.outputs is None or record.inputs.shape != record.outputs.shape:
         return False
-    with inference(block), ExitStack() as stack:
+    with inference(block), frozen_randomness(0), ExitStack() as stack:
         for module in block.modules():
             if any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False)):
 

@@ -6,11 +6,12 @@ arguments are wrong; 3 the run failed.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,8 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
         code = build_app(manager)(given, standalone_mode=False, prog_name="secateurs", obj=manager)
     except SecateursError as error:
         code = _fail(error, error.exit_code, debug)
-    except (typer.Abort, KeyboardInterrupt):
-        code = _fail(KeyboardInterrupt("interrupted; `--resume` goes on after the last finished pass"), 3, debug)
+    except KeyboardInterrupt:
+        code = _fail(SecateursError("interrupted."), 3, debug)
     except Exception as error:  # the last resort: never a traceback without --debug
         if callable(
             show := getattr(error, "show", None)
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _fail(error: BaseException, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    if isinstance(error, (SecateursError, KeyboardInterrupt)):
+    if isinstance(error, SecateursError):
         text = str(error)
     else:
         text = f"the run failed: {type(error).__name__}: {error}. `--debug` shows where."
@@ -94,10 +95,23 @@ def build_app(manager: Manager) -> Any:
         epilog="`--debug` anywhere shows the traceback of an error.",
     )
     for name, function in (("run", _run), ("inspect", _inspect), ("passes", _passes)):
-        app.command(name)(function)
+        app.command(name)(_interruptible(function))
     for entry in manager.registries.commands:
-        app.command(entry.name, help=entry.summary or None)(entry.load())
+        app.command(entry.name, help=entry.summary or None)(_interruptible(entry.load()))
     return typer.main.get_command(app)
+
+
+def _interruptible(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn Ctrl-C into an error with our exit code and words, before the argument parser sees it."""
+
+    @functools.wraps(function)
+    def command(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise SecateursError("interrupted; `secateurs run --resume` goes on after the last finished pass.") from None
+
+    return command
 
 
 # --- run --------------------------------------------------------------------------------------------------------------------------------

@@ -158,9 +158,8 @@ def resolve_roles(given: Mapping[str, Dataset], samples: Mapping[str, int | None
             parts[role] = (
                 pool if wanted is None else pool.take(stratified_split(pool.labels, [wanted], len(pool), seed)[0])
             )
-    parts |= _cut(
-        pools["calibration"], samples, [role for role in ("training", "validation") if role not in given], seed
-    )
+    missing = [role for role in ("training", "validation") if role not in given]
+    parts |= _drop_duplicates(_cut(pools["calibration"], samples, missing, seed), notes, refuse=False)
     return Roles(notes=tuple(notes), **parts)
 
 
@@ -182,6 +181,8 @@ def _cut(source: Dataset, samples: Mapping[str, int | None], missing: list[str],
         rest = total - sum(sizes.values())
         if "training" in missing:
             sizes["training"] = min(samples.get("training") or rest, rest)
+    if sizes["calibration"] < 1:
+        raise DataError(f"{total} labelled examples are too few to cut {', '.join(sizes)} from them; give more.")
     chosen = {role: size for role, size in sizes.items() if size > 0}
     indices = stratified_split(source.labels, list(chosen.values()), total, seed)
     return {role: source.take(index) for role, index in zip(chosen, indices, strict=True)}
@@ -202,8 +203,8 @@ def _refuse_shared_origins(given: Mapping[str, Dataset]) -> None:
         owners[origin] = role
 
 
-def _drop_duplicates(pools: dict[str, Dataset], notes: list[str]) -> dict[str, Dataset]:
-    """Drop exact duplicates from the side that is not evaluation (then not validation, then not training)."""
+def _drop_duplicates(pools: dict[str, Dataset], notes: list[str], *, refuse: bool = True) -> dict[str, Dataset]:
+    """Drop exact duplicates from the side that is not evaluation (then not validation, then not training); refuse many, if asked."""
     seen: dict[bytes, str] = {}
     for role in reversed(ROLES):
         if role not in pools:
@@ -212,7 +213,7 @@ def _drop_duplicates(pools: dict[str, Dataset], notes: list[str]) -> dict[str, D
         clashes = [index for index, key in enumerate(prints) if key in seen]
         if clashes:
             other = seen[prints[clashes[0]]]
-            if len(clashes) > max(1, DUPLICATES_ALLOWED * min(len(pools[role]), len(pools[other]))):
+            if refuse and len(clashes) > max(1, DUPLICATES_ALLOWED * min(len(pools[role]), len(pools[other]))):
                 raise DataError(
                     f"the roles {role!r} and {other!r} overlap: {len(clashes)} of {len(pools[role])} examples are the same by content. "
                     f"Roles must be disjoint; choose data that {other!r} does not use."

@@ -106,7 +106,7 @@ def find_groups(model: nn.Module, example: Dataset, limits: Limits | None = None
         limits: time and size.
 
     Returns:
-        The groups in the order in which their roots first run, and what was skipped.
+        The groups in the order in which their roots are defined, and what was skipped.
 
     Raises:
         GroupError: no dependency graph could be built at all.
@@ -350,23 +350,37 @@ def _is_rotary(node: Any) -> bool:
 # --- from units to edits ----------------------------------------------------------------------------------------------------------------
 
 
-def plan_removal(model: nn.Module, group: Group, units: Sequence[int], reason: str) -> Plan:
-    """Return the edits that remove `units` of `group` from `model`: the slices, then the attributes that depend on widths."""
+def plan_removal(
+    model: nn.Module, group: Group, units: Sequence[int], reason: str, earlier: Plan | None = None
+) -> Plan:
+    """Return the edits that remove `units` of `group` from `model`: the slices, then the attributes that depend on widths.
+
+    Args:
+        model: the network that the group was found in.
+        group: one of its groups.
+        units: which of them go.
+        reason: for the plan.
+        earlier: edits of other groups of `model` that will be applied first; a layer that reads a concatenation is shared with them.
+    """
+    earlier = earlier or Plan()
     chosen = np.unique(np.asarray(units, dtype=np.int64))
     pieces: list[Slice] = []
     attributes: list[SetAttribute] = []
     for member in group.members:
         layer: Any = model.get_submodule(member.module)
-        removed = tuple(int(value) for value in np.sort(member.index[chosen].ravel()))
+        gone = {int(value) for value in member.index[chosen].ravel()}
+        before = 0
         for parameter, dim in _dimensions(layer, member.kind):
-            if getattr(layer, parameter, None) is not None:
+            tensor = getattr(layer, parameter, None)
+            if tensor is not None:
+                left = earlier.kept(member.module, parameter, dim, tensor.shape[dim])
+                before = tensor.shape[dim] - len(left)
+                removed = tuple(position for position, index in enumerate(left) if index in gone)
                 pieces.append(Slice(module=member.module, parameter=parameter, dim=dim, removed=removed))
         for name in _width_attributes(layer, member.kind):
-            value = int(getattr(layer, name)) - len(removed)
+            value = int(getattr(layer, name)) - before - len(gone)
             attributes.append(
-                SetAttribute(
-                    module=member.module, name=name, value=value, reason=f"{len(removed)} units of {group.root}"
-                )
+                SetAttribute(module=member.module, name=name, value=value, reason=f"{len(gone)} units of {group.root}")
             )
     edit = RemoveUnits(root=group.root, units=tuple(int(unit) for unit in chosen), slices=tuple(pieces), reason=reason)
     return Plan(edits=(edit, *attributes))

@@ -22,6 +22,13 @@ from secateurs.probe import first_tensor
 __all__ = ["Reading", "channel_dim", "masked", "observe_readers"]
 
 
+_SPATIAL_AXES = (
+    ((nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d), 1),
+    ((nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d), 2),
+    ((nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d), 3),
+)
+
+
 @dataclass(frozen=True)
 class Reading:
     """Where disturbed units arrive.
@@ -37,9 +44,7 @@ class Reading:
 
 def channel_dim(layer: nn.Module, value: Tensor) -> int:
     """Return the axis of a layer's input or output that holds the channels."""
-    spatial = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}.get(
-        type(layer)
-    )
+    spatial = next((axes for kinds, axes in _SPATIAL_AXES if isinstance(layer, kinds)), None)
     if spatial is None or (isinstance(layer, nn.BatchNorm1d) and value.ndim == 2):
         return value.ndim - 1
     return value.ndim - 1 - spatial
@@ -72,7 +77,7 @@ class _Recorder:
                 def hook(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
                     value = first_tensor((args, kwargs))
                     self.inputs[name].append(torch.empty(0) if value is None else value.detach().clone())
-                    self.outputs[name].append(output)
+                    self.outputs[name].append(_copied(output))
 
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             yield
@@ -88,7 +93,7 @@ class _Recorder:
                     value = first_tensor((args, kwargs))
                     if value is not None and value.shape == self.inputs[name][position].shape:
                         self._compare(name, layer, value, self.inputs[name][position])
-                    recorded = self.outputs[name][position]
+                    recorded = _copied(self.outputs[name][position])
                     return self._disturb(layer, recorded, self.disturbed[name]) if name in self.disturbed else recorded
 
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
@@ -114,6 +119,13 @@ class _Recorder:
         noise = torch.randn(part.shape, dtype=torch.float32, device=value.device).to(value.dtype)
         disturbed = value.index_copy(dim, index, part + (4.0 * float(value.abs().max()) + 1.0) * noise)
         return (disturbed, *output[1:]) if isinstance(output, tuple) else disturbed
+
+
+def _copied(output: Any) -> Any:
+    """Return a layer's output with its tensors cloned: what follows may change them in place (`out += x`)."""
+    if isinstance(output, Tensor):
+        return output.clone()
+    return type(output)(map(_copied, output)) if type(output) in (tuple, list) else output
 
 
 def observe_readers(

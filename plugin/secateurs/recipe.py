@@ -162,8 +162,13 @@ def parse_recipe(data: Any, *, folder: Path, overrides: Sequence[str] = ()) -> R
     """
     if not isinstance(data, Mapping):
         raise RecipeError(f"a recipe is a mapping with the keys {', '.join(_KEYS)}; got {type(data).__name__}.")
-    data = json.loads(json.dumps(data, default=str))  # plain data, detached from YAML's shared nodes
-    variables = dict(data.get("variables") or {})
+    try:
+        data = json.loads(json.dumps(data, default=str))  # plain data, detached from YAML's shared nodes
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(
+            f"the recipe is not plain data: {error}. Keys are text, and nothing may hold itself."
+        ) from None
+    variables = dict(_mapping(data.get("variables") or {}, "variables"))
     for override in overrides:
         _override(data, variables, override)
     data.pop("variables", None)
@@ -179,7 +184,7 @@ def parse_recipe(data: Any, *, folder: Path, overrides: Sequence[str] = ()) -> R
     try:
         return Recipe(
             seed=data.get("seed", 0),
-            folder=Path(data.get("folder") or folder),
+            folder=Path(data.get("folder") or folder).absolute(),
             model=_model(data["model"]),
             data={str(role): _data(role, spec) for role, spec in _mapping(data["data"], "data").items()},
             metric=data.get("metric", "accuracy"),
@@ -305,6 +310,9 @@ def _override(data: dict[str, Any], variables: dict[str, Any], override: str) ->
         variables[key] = value
         return
     *path, last = key.split(".")
+    if path == ["variables"]:
+        variables[last] = value
+        return
     if (path[0] if path else last) not in _KEYS:
         raise RecipeError(unknown_name("recipe key or variable", key.split(".")[0], [*_KEYS, *variables]))
     owner: Any = data
@@ -324,6 +332,8 @@ def _child(owner: Any, part: str, key: str) -> Any:
         item = owner[position]
         if isinstance(item, str) and item == part:
             item = owner[position] = {part: {}}
+        if isinstance(item, dict) and part in item and item[part] is None:
+            item[part] = {}
         return item[part] if isinstance(item, dict) and part in item and not part.isdigit() else item
     if not isinstance(owner, dict):
         raise RecipeError(f"`--set {key}`: there is nothing below {part!r}.")

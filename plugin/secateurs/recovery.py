@@ -59,7 +59,7 @@ def train(
     steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
     optimiser = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _cosine(step, steps))
-    best, kept = (evaluate(model), copy.deepcopy(model.state_dict())) if evaluate is not None else (0.0, None)
+    best, kept = (_value(model, evaluate), copy.deepcopy(model.state_dict())) if evaluate is not None else (0.0, None)
     step = 0
     with frozen_randomness(seed), _training_mode(model):
         for epoch in range(settings.epochs):
@@ -71,7 +71,7 @@ def train(
                 loss = _loss(model, teacher, batch, settings)
                 if not bool(loss.isfinite()):
                     raise SecateursError(
-                        f"the recovery loss is {float(loss)} at step {step}; lower `recovery.learning_rate`."
+                        f"the recovery loss is {float(loss.detach())} at step {step}; lower `recovery.learning_rate`."
                     )
                 loss.backward()
                 nn.utils.clip_grad_norm_(trained, 1.0)
@@ -79,9 +79,9 @@ def train(
                 schedule.step()
                 step += 1
                 if progress is not None:
-                    progress(step, steps, f"loss {value:.4f}")
+                    progress(step, steps, f"loss {float(loss.detach()):.4f}")
             if evaluate is not None:
-                score = evaluate(model)
+                score = _value(model, evaluate)
                 if score >= best:
                     best, kept = score, copy.deepcopy(model.state_dict())
                 if progress is not None:
@@ -90,6 +90,12 @@ def train(
         model.load_state_dict(kept)
     optimiser.zero_grad(set_to_none=True)
     return model
+
+
+def _value(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
+    """Evaluate in evaluation mode: a caller's function need not set it, and must not change BatchNorm statistics."""
+    with inference(model):
+        return evaluate(model)
 
 
 def _cosine(step: int, steps: int) -> float:

@@ -55,20 +55,21 @@ def refittable(layer: nn.Module) -> bool:
 
 def following_norms(model: nn.Module, example: Dataset) -> dict[str, str]:
     """Map each layer whose output goes straight into a BatchNorm, and was seen going nowhere else first, to that BatchNorm."""
-    produced: dict[int, tuple[str, Tensor]] = {}
+    produced: dict[int, tuple[str, Tensor, int]] = {}
     found: dict[str, str] = {}
     handles = []
     for name, module in model.named_modules():
         if refittable(module):
 
             def remember(_: nn.Module, __: object, output: Tensor, name: str = name) -> None:
-                produced[id(output)] = (name, output)  # the tensor is held, so that its identity stays its own
+                # The tensor is held, so that its identity stays its own; its version tells of an operation in place (ReLU) since.
+                produced[id(output)] = (name, output, output._version)
 
             handles.append(module.register_forward_hook(remember))
         elif isinstance(module, _NORMS) and module.track_running_stats:
 
             def match(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                if id(args[0]) in produced:
+                if id(args[0]) in produced and produced[id(args[0])][2] == args[0]._version:
                     found.setdefault(produced[id(args[0])][0], name)
 
             handles.append(module.register_forward_pre_hook(match))

@@ -43,8 +43,9 @@ def output_sensitivity(
     layers: dict[str, Any] = {name: twin.get_submodule(name) for name in names}
     for name in names:
 
-        def keep(_: nn.Module, __: Any, output: Tensor, name: str = name) -> None:
+        def keep(_: nn.Module, __: Any, output: Tensor, name: str = name) -> Tensor:
             outputs[name] = output
+            return output.clone()  # an operation in place (ReLU) must not change what the gradient is taken at
 
         twin.get_submodule(name).register_forward_hook(keep)
     with torch.enable_grad(), frozen_randomness(seed):

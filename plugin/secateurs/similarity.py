@@ -43,6 +43,10 @@ def centred_gram(x: Tensor, estimator: Estimator = "unbiased") -> Tensor:
     flat = x.flatten(1)
     if flat.dtype not in (torch.float32, torch.float64):
         flat = flat.float()
+    # Neither estimator depends on the features' mean; without it, float32 loses nothing to cancellation and a constant layer is exactly zero.
+    mean_row, rounding = flat.mean(0), 8 * torch.finfo(flat.dtype).eps
+    flat = flat - mean_row
+    flat = flat.masked_fill(flat.abs().amax(0) <= rounding * mean_row.abs(), 0)
     n = flat.shape[0]
     gram = flat @ flat.T
     if estimator == "biased":

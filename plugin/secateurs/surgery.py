@@ -59,6 +59,8 @@ def _module(model: nn.Module, path: str) -> nn.Module:
 
 def _drop_block(model: nn.Module, path: str) -> None:
     _module(model, path)
+    if not path:
+        raise PlanError("the network itself cannot be bypassed; name a block.")
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.Identity())
 
@@ -68,7 +70,8 @@ def _set_attribute(model: nn.Module, edit: SetAttribute) -> None:
     *path, name = edit.name.split(".")
     for part in path:
         owner = getattr(owner, part, None)
-    if not hasattr(owner, name) or isinstance(getattr(owner, name), (nn.Module, Tensor)) or name.startswith("_"):
+    private = any(part.startswith("_") for part in (*path, name))
+    if private or not hasattr(owner, name) or isinstance(value := getattr(owner, name), Tensor) or callable(value):
         raise PlanError(f"module {edit.module!r} has no plain attribute {edit.name!r}.")
     setattr(owner, name, edit.value)
 
@@ -109,6 +112,11 @@ def _remove_units(model: nn.Module, edit: RemoveUnits) -> None:
         found[id(tensor)] = tensor
     for key, pieces in by_tensor.items():
         tensor = found[key]
+        if key not in owners:
+            piece = pieces[0]
+            raise PlanError(
+                f"{piece.module}.{piece.parameter} is computed from other parameters (a parametrisation); remove it first."
+            )
         data = tensor.detach()
         # A tensor with two names may carry the same slice under each: apply it once.
         for dim, removed in dict.fromkeys((piece.dim, piece.removed) for piece in pieces):
@@ -116,8 +124,6 @@ def _remove_units(model: nn.Module, edit: RemoveUnits) -> None:
         fresh = data.clone(memory_format=torch.preserve_format)
         for module, name in owners[key]:
             if isinstance(tensor, nn.Parameter):
-                if name not in module._parameters:
-                    raise PlanError(f"{name!r} is computed from other parameters (a parametrisation); remove it first.")
                 shared = getattr(owners[key][0][0], owners[key][0][1])
                 module._parameters[name] = (
                     shared if shared is not tensor else nn.Parameter(fresh, requires_grad=tensor.requires_grad)

@@ -102,6 +102,17 @@ def _disagreement(model: nn.Module, example: Dataset, group: Group) -> str | Non
     return None
 
 
+def _sizes(model: nn.Module, groups: Sequence[Group]) -> dict[tuple[str, str], int]:
+    """Return the channels of every side of a layer that a group takes part in."""
+    sizes: dict[tuple[str, str], int] = {}
+    for member in (member for group in groups for member in group.members):
+        weight = getattr(model.get_submodule(member.module), "weight", None)
+        if weight is not None:
+            side, dim = ("in", 1) if member.kind == "in" else ("out", 0)
+            sizes[member.module, side] = weight.shape[dim]
+    return sizes
+
+
 def _flat(index: np.ndarray) -> tuple[int, ...]:
     return tuple(int(value) for value in np.sort(index.ravel()))
 
@@ -165,7 +176,7 @@ class NodePass(Pass):
             units = removed_units(orders[group.root][option.criterion].units, group.units, option.keep)
             if units:
                 share = f"{len(units)} of {group.units} units by {option.criterion}"
-                plan += plan_removal(context.model, group, units, share)
+                plan += plan_removal(context.model, group, units, share, plan)
         return Proposal(
             plan,
             tuple(skipped),
@@ -219,7 +230,9 @@ class NodePass(Pass):
             return best, {"allocation": "target_units"}
         kind, target = self._target()
         model_cost = context.cost_models(kind)
-        cost = WidthCost(model_cost(context.model, context.example), survey.groups)
+        cost = WidthCost(
+            model_cost(context.model, context.example), survey.groups, _sizes(context.model, survey.groups)
+        )
         allowed = target * sum(model_cost(context.baseline, context.example).values())
         if settings.allocation == "uniform":
             keep = allocate_uniform(cost, uniform, allowed)

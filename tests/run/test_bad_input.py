@@ -1,0 +1,186 @@
+"""Bad input: a clear error on stderr, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = "examples/quickstart.yaml"
+
+
+@pytest.fixture
+def refuse(secateurs, tmp_path):
+    """Return a function that runs the quickstart with overrides, expects exit code 2 and no output, and returns the message."""
+
+    def run(*overrides: str, recipe: object = RECIPE) -> str:
+        out = tmp_path / "out"
+        ended = secateurs("run", recipe, "--output", out, *(part for item in overrides for part in ("--set", item)))
+        assert ended.code == 2, ended
+        assert ended.err.startswith("error:")
+        assert "Traceback" not in ended.err
+        assert not out.exists()
+        return ended.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        pytest.param(["passes.0.mi-node={}"], ["mi-node"], id="unknown pass among others"),
+        pytest.param(["passes=[mi-node]"], ["unknown pass 'mi-node'", "Did you mean 'mi-nodes'"], id="unknown pass"),
+        pytest.param(["pases=[]"], ["unknown recipe key", "'passes'"], id="unknown key"),
+        pytest.param(["data.calibration.source=digit"], ["unknown data source 'digit'", "'digits'"], id="unknown source"),
+        pytest.param(["data.calibration.spilt=train"], ["unknown option 'spilt'", "'split'"], id="unknown data option"),
+        pytest.param(["data.test={source: digits}"], ["unknown data role 'test'"], id="unknown role"),
+        pytest.param(["metric=acuracy"], ["unknown metric 'acuracy'", "'accuracy'"], id="unknown metric"),
+        pytest.param(["export.exporter=dinamo"], ["unknown exporter 'dinamo'", "'dynamo'"], id="unknown exporter"),
+        pytest.param(
+            ["targets.0.provider=CPUExecutionProvidr"],
+            ["unknown provider 'CPUExecutionProvidr'", "'CPUExecutionProvider'"],
+            id="unknown provider",
+        ),
+        pytest.param(
+            ["targets.0.provider=CUDAExecutionProvider"],
+            ["CUDAExecutionProvider", "CPUExecutionProvider", "onnxruntime-gpu"],
+            id="provider not available",
+        ),
+        pytest.param(["passes.cka-cluster.threshold=1.5"], ["threshold", "1.5", "less than or equal to 1"], id="threshold too large"),
+        pytest.param(["passes.cka-cluster.threshold=-0.1"], ["threshold", "-0.1"], id="threshold negative"),
+        pytest.param(["passes.mi-nodes.target_mac=0.5"], ["unknown option 'target_mac'", "'target_macs'"], id="unknown pass option"),
+        pytest.param(["passes.mi-nodes.target_units=0.5"], ["exactly one of", "target_macs, target_units"], id="two targets"),
+        pytest.param(["budget.latency_ratio=-1"], ["budget.latency_ratio", "greater than 0", "-1"], id="negative budget"),
+        pytest.param(["budget.latencyratio=1"], ["unknown budget 'latencyratio'", "'latency_ratio'"], id="unknown budget"),
+        pytest.param(["budget.accuracy_drop=5"], ["budget.accuracy_drop", "less than or equal to 1"], id="drop in points"),
+        pytest.param(["data.evaluation={source: digits, split: train}"], ["overlap", "calibration"], id="overlap by origin"),
+        pytest.param(["model.factory=digits_resnet:biuld"], ["biuld", "'build'"], id="factory misspelt"),
+        pytest.param(["model.factory=no_such_module:build"], ["no_such_module"], id="factory not importable"),
+        pytest.param(["model.factory=json:dumps", "model.arguments={obj: 1}"], ["json", "Module"], id="factory returns no module"),
+        pytest.param(["model.arguments={width: 3}"], ["width"], id="factory arguments"),
+        pytest.param(["model.arguments={widths: [8, 16, 24]}"], ["(16, 1, 3, 3)", "(8, 1, 3, 3)"], id="weights do not fit"),
+        pytest.param(["model.weights=examples/none.safetensors"], ["none.safetensors"], id="weights missing"),
+        pytest.param(["model.weights=README.md"], ["README.md", "safetensors"], id="weights not safetensors"),
+        pytest.param(["schema=2"], ["`schema` must be 1"], id="schema"),
+        pytest.param(["nothing"], ["key=value"], id="set without a value"),
+        pytest.param(["model={}"], ["no `model`"], id="no model"),
+        pytest.param(["seed=abc"], ["seed", "abc"], id="seed"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(refuse, overrides, parts):
+    message = refuse(*overrides)
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("arrays", "part"),
+    [
+        pytest.param({"images": np.zeros((0, 8, 8, 1), np.float32), "labels": np.zeros(0, np.int64)}, "empty", id="empty"),
+        pytest.param(
+            {"images": np.full((20, 1, 8, 8), np.nan, np.float32), "labels": np.arange(20) % 10}, "NaN", id="NaN"
+        ),
+        pytest.param(
+            {"images": np.random.default_rng(0).random((20, 3, 8, 8), np.float32), "labels": np.arange(20) % 10},
+            "does not run on the calibration data",
+            id="wrong channels",
+        ),
+        pytest.param({"images": np.zeros((20, 1, 8, 8), np.float32), "labels": np.arange(7)}, "labels", id="labels"),
+        pytest.param({"pictures": np.zeros((20, 1, 8, 8), np.float32)}, "pictures", id="key"),
+    ],
+)
+def test_a_malformed_data_set_is_refused(refuse, tmp_path, arrays, part):
+    file = tmp_path / "data.npz"
+    np.savez(file, **arrays)
+    message = refuse(f"data.calibration={{source: npz, file: {file}, layout: NCHW}}")
+    assert part in message, message
+
+
+def test_roles_that_overlap_by_content_are_refused(refuse, tmp_path):
+    images = np.random.default_rng(0).random((40, 1, 8, 8), np.float32)
+    for name, rows in (("a.npz", slice(0, 30)), ("b.npz", slice(20, 40))):
+        np.savez(tmp_path / name, images=images[rows], labels=np.arange(40)[rows] % 10)
+    spec = "{{source: npz, file: {}, layout: NCHW}}"
+    message = refuse(
+        f"data.calibration={spec.format(tmp_path / 'a.npz')}", f"data.evaluation={spec.format(tmp_path / 'b.npz')}"
+    )
+    assert "10 of 30 examples are the same by content" in message
+
+
+def test_a_file_that_is_no_recipe_is_refused(refuse, tmp_path):
+    assert "cannot read the recipe" in refuse(recipe=tmp_path / "none.yaml")
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: [")
+    assert "is not YAML" in refuse(recipe=file)
+    file.write_text("- 1\n- 2\n")
+    assert "a recipe is a mapping" in refuse(recipe=file)
+    file.write_bytes(b"\xff\xfe\x00")
+    assert "cannot read the recipe" in refuse(recipe=file)
+
+
+def test_a_folder_with_other_content_is_refused(secateurs, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    ended = secateurs("run", RECIPE, "--output", tmp_path)
+    assert ended.code == 2
+    assert "not empty (notes.txt)" in ended.err
+    assert "--overwrite" in ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert secateurs("run", RECIPE, "--output", tmp_path, "--resume").code == 2
+    assert secateurs("run", RECIPE, "--output", tmp_path, "--resume", "--overwrite").code == 2
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_weights_of_another_network_are_listed_by_name(refuse, tmp_path):
+    file = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"layer.weight": torch.zeros(2, 2)}, file)
+    message = refuse(f"model.weights={file}")
+    assert "layer.weight" in message
+    assert "stem" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"not an onnx file", b"\x08\x07" * 100], ids=["empty", "text", "bytes"])
+def test_a_file_that_is_not_onnx_is_refused(secateurs, tmp_path, content):
+    file = tmp_path / "bad.onnx"
+    file.write_bytes(content)
+    ended = secateurs("validate", file, file)
+    assert ended.code == 2
+    assert "bad.onnx" in ended.err
+    assert "ONNX" in ended.err
+
+
+def test_nothing_prunable_ends_with_exit_code_1_and_says_so(secateurs, tmp_path):
+    ended = secateurs(
+        "run", RECIPE, "--output", tmp_path / "out", "--set", "passes=[{cka-cluster: {threshold: 1.0}}]", "--set", "budget={}"
+    )
+    assert ended.code == 1
+    assert "nothing could be pruned" in ended.out
+
+
+def test_an_unreachable_target_ends_with_exit_code_1_and_says_by_how_much(secateurs, tmp_path):
+    ended = secateurs("run", RECIPE, "--dry-run", "--set", "passes=[{mi-nodes: {target_macs: 0.01, grid: 2, min_units: 8}}]")
+    assert ended.code == 1
+    assert "`target_macs` 0.01 was not reached" in ended.out
+
+
+def test_ctrl_c_leaves_no_file_under_a_final_name(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "secateurs", "run", RECIPE, "--output", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not out.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 3, error
+    assert "interrupted" in error
+    assert "Traceback" not in error
+    assert [path.name for path in out.iterdir()] == [".secateurs"]
