@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from secateurs_adapters.session import Session, SessionOptions, in_fresh_process, seeded_inputs, serve
+from secateurs_adapters.fresh import in_fresh_process, serve
+from secateurs_adapters.session import Session, SessionOptions, seeded_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

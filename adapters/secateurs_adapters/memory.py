@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateurs_adapters.session import CPU, Session, SessionOptions, in_fresh_process, seeded_inputs, serve
+from secateurs_adapters.fresh import in_fresh_process, serve
+from secateurs_adapters.session import CPU, Session, SessionOptions, seeded_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -110,6 +110,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"the weights file {str(path)!r} does not exist; give a safetensors file in `weights`.")
     try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        # Only now: the length that a safetensors file begins with can look like another format's first bytes.
         with path.open("rb") as file:
             start = file.read(4)
         for magic, what in _ARCHIVES.items():
@@ -117,9 +120,7 @@ def _read(path: Path) -> dict[str, Any]:
                 raise ModelError(
                     f"the weights file {str(path)!r} is {what}; reading one can run code, so only safetensors are read. "
                     f"Convert it once: `safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)`."
-                )
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+                ) from None
         raise ModelError(
             f"the weights file {str(path)!r} cannot be read as safetensors: {_said(error)} Write it with "
             f"`safetensors.torch.save_file(network.state_dict(), FILE)`."

@@ -1,4 +1,4 @@
-"""The only door to onnxruntime, free of torch: guarded providers, sessions, their inputs, and fresh processes.
+"""The only door to onnxruntime, free of torch: guarded providers, sessions and their inputs.
 
 onnxruntime falls back to the CPU with no more than a warning when a provider cannot be had. Here a provider that is
 not available is refused before a session is built, and a session reports which providers its nodes were really
@@ -7,11 +7,6 @@ assigned to.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from secateurs import errors
-from secateurs.errors import DataError, ProviderError, SecateursError, unknown_name
+from secateurs.errors import DataError, ProviderError, unknown_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
 __all__ = [
     "CPU",
@@ -32,10 +26,8 @@ __all__ = [
     "SessionOptions",
     "TensorSpec",
     "check_provider",
-    "in_fresh_process",
     "run_dataset",
     "seeded_inputs",
-    "serve",
 ]
 
 Array = npt.NDArray[Any]
@@ -294,48 +286,6 @@ def run_dataset(session: Session, inputs: Mapping[str, Array], batch_size: int) 
                     "examples; it needs the examples on its first axis."
                 )
     return {name: np.concatenate(arrays) for name, arrays in parts.items() if sum(map(len, arrays)) == total}
-
-
-def in_fresh_process(module: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Run `python -m module` on a request in a process of its own, and return its answer; see `serve`.
-
-    Raises:
-        SecateursError: the process failed; an error that Secateurs raised there keeps its class.
-    """
-    with tempfile.TemporaryDirectory(prefix="secateurs-") as folder:
-        file = Path(folder) / "request.json"
-        file.write_text(json.dumps(request), encoding="utf-8")
-        path = os.pathsep.join(entry for entry in sys.path if entry)
-        # -P keeps the working directory, and with it any module that lies there, off the child's import path.
-        command = [sys.executable, "-P", "-m", module, str(file)]
-        done = subprocess.run(  # noqa: S603 - our own interpreter and module, no shell
-            command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
-        )
-    lines = done.stdout.strip().splitlines()
-    if done.returncode != 0 or not lines:
-        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        cause = (
-            f"killed by signal {-done.returncode}, perhaps for want of memory"
-            if done.returncode < 0
-            else f"exit code {done.returncode}"
-        )
-        raise SecateursError(
-            f"the measuring process {module} failed ({cause}): {said}. Lower `batch_size`, or check that the file runs."
-        )
-    answer: dict[str, Any] = json.loads(lines[-1])
-    if "error" in answer:
-        raise getattr(errors, answer["kind"], SecateursError)(answer["error"])
-    return answer
-
-
-def serve(handler: Callable[[dict[str, Any]], Mapping[str, Any]], arguments: Sequence[str]) -> None:
-    """Answer a request in a fresh process: read the file named in `arguments`, print the answer as a line of JSON."""
-    request = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-    try:
-        answer = dict(handler(request))
-    except SecateursError as error:
-        answer = {"error": str(error), "kind": type(error).__name__}
-    print(json.dumps(answer), flush=True)
 
 
 def _native_options(options: SessionOptions) -> Any:

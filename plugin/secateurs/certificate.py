@@ -28,6 +28,7 @@ __all__ = ["Certified", "certify", "keep_certified", "masks_of"]
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest difference, as a share of the output scale, by the dtype of the output."""
 BATCH_SIZES = (2, 5)
+_DOES_NOT_RUN = (RuntimeError, ValueError, IndexError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,14 @@ def certify(original: nn.Module, plan: Plan, data: Dataset, *, batch_sizes: Sequ
     Raises:
         CertificateError: it cannot be measured: the outputs are constant or not finite, or the plan does not run.
     """
-    masks = masks_of(original, plan, data.take(range(min(len(data), max(batch_sizes)))))
     bypassed = tuple(edit.path for edit in plan.of(DropBlock))
     try:
         pruned = applied(original, plan)
+        masks = masks_of(original, plan, data.take(range(min(len(data), max(batch_sizes)))))
     except PlanError as error:
         raise CertificateError(str(error)) from error
+    except _DOES_NOT_RUN as error:
+        raise CertificateError(f"the masked original does not run: {str(error).splitlines()[0]}") from error
     largest, scale, tolerance = 0.0, 0.0, TOLERANCE[torch.float64]
     sizes = sorted({min(size, len(data)) for size in batch_sizes})
     start = 0
@@ -112,8 +115,8 @@ def certify(original: nn.Module, plan: Plan, data: Dataset, *, batch_sizes: Sequ
         start += size
         with inference(original, pruned):
             with masked(original, masks, bypassed):
-                expected = output_tensors(call(original, batch))
-            got = _run(pruned, batch)
+                expected = _run(original, batch, "masked original")
+            got = _run(pruned, batch, "pruned network")
         for a, b in zip(expected, got, strict=True):
             if a.shape != b.shape:
                 raise CertificateError(
@@ -127,11 +130,11 @@ def certify(original: nn.Module, plan: Plan, data: Dataset, *, batch_sizes: Sequ
     return Certificate(max_abs=largest, scale=scale, tolerance=tolerance, batch_sizes=sizes)
 
 
-def _run(pruned: nn.Module, batch: Dataset) -> list[Tensor]:
+def _run(model: nn.Module, batch: Dataset, what: str) -> list[Tensor]:
     try:
-        return output_tensors(call(pruned, batch))
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise CertificateError(f"the pruned network does not run: {str(error).splitlines()[0]}") from error
+        return output_tensors(call(model, batch))
+    except _DOES_NOT_RUN as error:
+        raise CertificateError(f"the {what} does not run: {str(error).splitlines()[0]}") from error
 
 
 def _refuse_constant(outputs: Sequence[Tensor]) -> None:

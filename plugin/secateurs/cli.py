@@ -109,7 +109,9 @@ def _interruptible(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         except KeyboardInterrupt:
-            raise SecateursError("interrupted; `secateurs run --resume` goes on after the last finished pass.") from None
+            raise SecateursError(
+                "interrupted; `secateurs run --resume` goes on after the last finished pass."
+            ) from None
 
     return command
 

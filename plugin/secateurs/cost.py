@@ -1,15 +1,18 @@
 """Cost of a structure: parameters and multiply-accumulates, in total and by module.
 
 MACs are counted by torch's own `FlopCounterMode` (which counts 2 FLOPs per MAC of convolutions and matrix products, whoever calls them) on one
-example. Both costs of a layer are proportional to the product of its widths, which is what lets allocation predict the cost of widths that it
-has not built.
+example, with fused attention and recurrent kernels, which it cannot see into, replaced by the products that they stand for. Both costs of a
+layer are proportional to the product of its widths, which is what lets allocation predict the cost of widths that it has not built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
+import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateurs.data import Dataset
@@ -30,7 +33,7 @@ def macs(model: nn.Module, example: Dataset) -> Mapping[str, float]:
     names = {
         f"{type(model).__name__}.{name}" if name else type(model).__name__: name for name, _ in model.named_modules()
     }
-    with inference(model), counter:
+    with inference(model), _unfused(), counter:
         call(model, one)
     counts = {names[key]: sum(by_op.values()) for key, by_op in counter.get_flop_counts().items() if key in names}
     own = dict(counts)
@@ -39,6 +42,21 @@ def macs(model: nn.Module, example: Dataset) -> Mapping[str, float]:
             parent = _parent(name, counts)
             own[parent] = own.get(parent, 0) - value
     return {name: value / 2 for name, value in own.items() if value > 0}
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Make attention and recurrent layers call plain matrix products for the length of a block."""
+    backends = torch.backends
+    fast, onednn = backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        backends.mha.set_fastpath_enabled(fast)
+        torch._C._set_mkldnn_enabled(onednn)
 
 
 def _parent(name: str, known: Mapping[str, int]) -> str:

@@ -8,7 +8,7 @@ duplicates (by content hash) leave the side that is not evaluation.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,6 +21,9 @@ __all__ = ["ROLES", "Dataset", "Roles", "resolve_roles", "stratified_split"]
 ROLES = ("calibration", "training", "validation", "evaluation")
 DUPLICATES_ALLOWED = 0.01
 """Share of a role's examples that may be exact duplicates of another role's before the two count as overlapping."""
+
+SMALLEST_CUT = 40
+"""Fewer examples than this are not cut for validation: what is left of them could decide nothing."""
 
 Array = npt.NDArray[np.generic]
 
@@ -132,13 +135,20 @@ def stratified_split(labels: Array | None, sizes: list[int], total: int, seed: i
     return parts
 
 
-def resolve_roles(given: Mapping[str, Dataset], samples: Mapping[str, int | None], seed: int) -> Roles:
+def resolve_roles(
+    given: Mapping[str, Dataset],
+    samples: Mapping[str, int | None],
+    seed: int,
+    *,
+    cut: Sequence[str] = ("training", "validation"),
+) -> Roles:
     """Make the four roles disjoint and cut the ones that are not given from calibration's source.
 
     Args:
         given: data sets by role; `calibration` must be there.
         samples: how many examples a role keeps; None or absent keeps all.
         seed: of the splits.
+        cut: the roles to cut if they are not given.
 
     Returns:
         The roles, with a note for every duplicate that was dropped.
@@ -158,31 +168,24 @@ def resolve_roles(given: Mapping[str, Dataset], samples: Mapping[str, int | None
             parts[role] = (
                 pool if wanted is None else pool.take(stratified_split(pool.labels, [wanted], len(pool), seed)[0])
             )
-    missing = [role for role in ("training", "validation") if role not in given]
+    missing = [role for role in ("training", "validation") if role in cut and role not in given]
     parts |= _drop_duplicates(_cut(pools["calibration"], samples, missing, seed), notes, refuse=False)
     return Roles(notes=tuple(notes), **parts)
 
 
 def _cut(source: Dataset, samples: Mapping[str, int | None], missing: list[str], seed: int) -> dict[str, Dataset]:
-    """Cut calibration and the missing roles out of calibration's source."""
+    """Cut calibration and the missing roles out of calibration's source: a fifth for validation, half of the rest for training."""
     total = len(source)
-    wanted = samples.get("calibration")
-    if source.labels is None or not missing:
-        sizes = {"calibration": total if wanted is None else wanted}
-    else:
-        validation = samples.get("validation") or max(total // 5, 1)
-        calibration = wanted if wanted is not None else total // (3 if "training" in missing else 1)
-        if "validation" not in missing:
-            validation = 0
-        calibration = min(calibration, total - validation) if wanted is None else calibration
-        sizes = {"calibration": calibration}
-        if "validation" in missing:
-            sizes["validation"] = min(validation, total - calibration)
-        rest = total - sum(sizes.values())
-        if "training" in missing:
-            sizes["training"] = min(samples.get("training") or rest, rest)
-    if sizes["calibration"] < 1:
-        raise DataError(f"{total} labelled examples are too few to cut {', '.join(sizes)} from them; give more.")
+    fifth = total // 5 if total >= SMALLEST_CUT else 0
+    validation = (samples.get("validation") or fifth) if "validation" in missing else 0
+    left = total - validation
+    calibration = samples.get("calibration") or (left // 2 if "training" in missing else left)
+    validation = min(validation, max(total - calibration, 0))
+    rest = max(total - calibration - validation, 0)
+    training = min(samples.get("training") or rest, rest) if "training" in missing else 0
+    sizes = {"calibration": calibration, "validation": validation, "training": training}
+    if calibration < 1:
+        raise DataError(f"{total} examples are too few to cut {', '.join(missing)} from them; give more.")
     chosen = {role: size for role, size in sizes.items() if size > 0}
     indices = stratified_split(source.labels, list(chosen.values()), total, seed)
     return {role: source.take(index) for role, index in zip(chosen, indices, strict=True)}

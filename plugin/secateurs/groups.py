@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -329,7 +330,8 @@ def _mended(limits: Limits) -> Iterator[_Deadline]:
             mapped.add(id(graph))
             original_update(graph)
 
-    with _LOCK:
+    with _LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch-pruning warns of is refused or certified here
         try:
             tp_graph.Group = BoundedGroup
             tp_mapping.update_concat_index_mapping = concat

@@ -345,7 +345,7 @@ def prune(
     baseline = copy.deepcopy(model).eval()
     session = Session(
         baseline=baseline,
-        roles=resolve_roles(pools, {}, seed),
+        roles=resolve_roles(pools, {}, seed, cut=("validation",)),
         cost_models=lambda name: manager.registries.cost_models[name].load(),
         evaluate=evaluate,
         recovery=settings,

@@ -7,7 +7,7 @@ layer reads of the disturbed units, whatever views, concatenations, splits or at
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,10 @@ _SPATIAL_AXES = (
     ((nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d), 2),
     ((nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d), 3),
 )
+
+
+STRENGTHS = (4.0, 1.0, 0.25, 0.05)
+"""Sizes of the disturbances, relative to the range of the layer's output."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class _Recorder:
             yield
 
     @contextmanager
-    def replaying(self) -> Iterator[None]:
+    def replaying(self, strength: float) -> Iterator[None]:
         with ExitStack() as stack:
             for name, module in self.layers.items():
 
@@ -94,22 +98,23 @@ class _Recorder:
                     if value is not None and value.shape == self.inputs[name][position].shape:
                         self._compare(name, layer, value, self.inputs[name][position])
                     recorded = _copied(self.outputs[name][position])
-                    return self._disturb(layer, recorded, self.disturbed[name]) if name in self.disturbed else recorded
+                    if name not in self.disturbed:
+                        return recorded
+                    return self._disturb(layer, recorded, self.disturbed[name], strength)
 
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             yield
 
     def _compare(self, name: str, layer: nn.Module, value: Tensor, clean: Tensor) -> None:
         dim = channel_dim(layer, value)
-        different = (value != clean) & ~(value.isnan() & clean.isnan())
-        flat = different.movedim(dim, 0).flatten(1).any(1)
+        flat = _differs(value, clean).movedim(dim, 0).flatten(1).any(1)
         found = flat.nonzero().flatten().tolist()
         if found:
             self.changed.setdefault(name, set()).update(found)
 
     @staticmethod
-    def _disturb(layer: nn.Module, output: Any, units: tuple[int, ...]) -> Any:
-        """Return the recorded output with noise well beyond its range on some channels, so that no saturation hides it."""
+    def _disturb(layer: nn.Module, output: Any, units: tuple[int, ...], strength: float) -> Any:
+        """Return the recorded output with noise on some channels, `strength` times the output's range."""
         value = first_tensor(output)
         if value is None:
             return output
@@ -117,8 +122,13 @@ class _Recorder:
         dim = channel_dim(layer, value)
         part = value.index_select(dim, index)
         noise = torch.randn(part.shape, dtype=torch.float32, device=value.device).to(value.dtype)
-        disturbed = value.index_copy(dim, index, part + (4.0 * float(value.abs().max()) + 1.0) * noise)
+        disturbed = value.index_copy(dim, index, part + strength * (float(value.abs().max()) + 0.25) * noise)
         return (disturbed, *output[1:]) if isinstance(output, tuple) else disturbed
+
+
+def _differs(first: Tensor, second: Tensor) -> Tensor:
+    """Return where two tensors differ; NaN equals NaN."""
+    return (first != second) & ~(first.isnan() & second.isnan())
 
 
 def _copied(output: Any) -> Any:
@@ -129,7 +139,12 @@ def _copied(output: Any) -> Any:
 
 
 def observe_readers(
-    model: nn.Module, data: Dataset, disturbed: Mapping[str, tuple[int, ...]], *, seed: int = 0, trials: int = 2
+    model: nn.Module,
+    data: Dataset,
+    disturbed: Mapping[str, tuple[int, ...]],
+    *,
+    seed: int = 0,
+    strengths: Sequence[float] = STRENGTHS,
 ) -> Reading:
     """Disturb channels of some layers' outputs and see which layers' inputs change.
 
@@ -138,7 +153,7 @@ def observe_readers(
         data: a few examples for the forward passes.
         disturbed: name of a mixing layer to the output channels to disturb.
         seed: of the noise.
-        trials: disturbances to join, against one that is hidden by chance.
+        strengths: of the disturbances to join, relative to each output's range: what saturates a strong one may show a weak one.
 
     Returns:
         The readers of the disturbed channels.
@@ -149,11 +164,13 @@ def observe_readers(
         recorder = _Recorder(model, disturbed)
         with recorder.recording():
             clean = [value.clone() for value in output_tensors(call(model, data))]
-        for _ in range(trials):
+        for strength in strengths:
             recorder.calls = dict.fromkeys(recorder.layers, 0)
-            with recorder.replaying():
+            with recorder.replaying(strength):
                 outputs = output_tensors(call(model, data))
-            reaches |= any(not torch.equal(a, b) for a, b in zip(clean, outputs, strict=True))
+            reaches |= any(
+                a.shape != b.shape or bool(_differs(a, b).any()) for a, b in zip(clean, outputs, strict=True)
+            )
         for name, found in recorder.changed.items():
             readers.setdefault(name, set()).update(found)
     return Reading({name: tuple(sorted(found)) for name, found in readers.items()}, reaches)

@@ -88,7 +88,13 @@ def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent]
     for target, settings in targets:
         target.check(settings)
     sources = {role: _load_data(spec, role, manager) for role, spec in recipe.data.items()}
-    roles = resolve_roles(sources, {role: spec.samples for role, spec in recipe.data.items()}, recipe.seed)
+    trains = recipe.recovery.epochs > 0 or any(getattr(step.settings, "recovery_epochs", 0) for step in passes)
+    roles = resolve_roles(
+        sources,
+        {role: spec.samples for role, spec in recipe.data.items()},
+        recipe.seed,
+        cut=("training", "validation") if trains else ("validation",),
+    )
     if roles.evaluation is None and recipe.budget.accuracy_drop is not None:
         raise RecipeError(
             "`budget.accuracy_drop` needs an `evaluation` role in `data`; it is never cut from calibration."

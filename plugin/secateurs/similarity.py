@@ -15,6 +15,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -28,6 +29,10 @@ __all__ = ["CkaAccumulator", "Estimator", "centred_gram", "linear_cka"]
 
 Estimator = Literal["unbiased", "biased"]
 MINIMUM_EXAMPLES = 4
+LEAST_SPREAD = 1 / 4
+"""Share of the features' squared norm that their spread around the mean has to make up for float32 to hold it without centring."""
+PIECE = 2048
+"""About the width of the pieces into which the features are cut for one Gram matrix."""
 
 
 def centred_gram(x: Tensor, estimator: Estimator = "unbiased") -> Tensor:
@@ -38,26 +43,63 @@ def centred_gram(x: Tensor, estimator: Estimator = "unbiased") -> Tensor:
         estimator: U-centred with zero diagonal (`unbiased`), or doubly centred (`biased`).
 
     Returns:
-        Shape `(n * n,)`, in the precision of `x` (at least float32).
+        Shape `(n * n,)`, float64.
     """
-    flat = x.flatten(1)
+    return _centred(_gram(x)[None], estimator).flatten()
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Return the Gram matrix of features up to terms that centring removes, float64.
+
+    Neither estimator depends on the features' mean, but where it dwarfs their spread, float32 would lose the spread to cancellation. Only there
+    is it worth subtracting, which reads and writes the features several times; the Gram matrix tells, as it holds both norms.
+    """
+    # A Gram matrix does not depend on the order of the features: in the order of memory (channels last, for one), flattening copies nothing.
+    flat = x.permute(0, *sorted(range(1, x.ndim), key=x.stride, reverse=True)).flatten(1)
     if flat.dtype not in (torch.float32, torch.float64):
         flat = flat.float()
-    # Neither estimator depends on the features' mean; without it, float32 loses nothing to cancellation and a constant layer is exactly zero.
-    mean_row, rounding = flat.mean(0), 8 * torch.finfo(flat.dtype).eps
-    flat = flat - mean_row
-    flat = flat.masked_fill(flat.abs().amax(0) <= rounding * mean_row.abs(), 0)
-    n = flat.shape[0]
-    gram = flat @ flat.T
+    gram = _product(flat)
+    norm, total = torch.stack((gram.trace(), gram.sum())).tolist()
+    spread = norm - total / len(gram)
+    return gram if spread >= LEAST_SPREAD * norm > 0 else _product(_without_mean(flat))
+
+
+def _product(flat: Tensor) -> Tensor:
+    r"""Return $X X^\top$, float64: products of pieces of the features in their own precision, summed in float64.
+
+    The pieces are views. Without them, the product of so long a matrix uses one thread, and float32 loses a digit to its length. Of the four
+    quarters of the symmetric result, the one that is the transpose of another is not computed.
+    """
+    n, width = flat.shape
+    half, parts = n // 2, math.gcd(width, max(width // PIECE, 1))
+    rows = flat.view(n, parts, width // parts).transpose(0, 1)
+    columns = rows.transpose(1, 2)
+    gram = flat.new_empty(n, n, dtype=torch.float64)
+    gram[:half] = torch.bmm(rows[:, :half], columns).sum(0, dtype=torch.float64)
+    gram[half:, half:] = torch.bmm(rows[:, half:], columns[:, :, half:]).sum(0, dtype=torch.float64)
+    gram[half:, :half] = gram[:half, half:].T
+    return gram
+
+
+def _without_mean(flat: Tensor) -> Tensor:
+    """Return features less their mean; those that are constant up to rounding become exactly zero."""
+    mean, rounding = flat.mean(0), 8 * torch.finfo(flat.dtype).eps
+    flat = flat - mean
+    return flat.masked_fill_(flat.abs().amax(0) <= rounding * mean.abs(), 0)
+
+
+def _centred(grams: Tensor, estimator: Estimator) -> Tensor:
+    """Return Gram matrices of shape `(L, n, n)` centred; they may be overwritten."""
+    n = grams.shape[1]
     if estimator == "biased":
-        mean = gram.mean(0)
-        return (gram - mean[:, None] - mean[None, :] + mean.mean()).flatten()
-    gram.fill_diagonal_(0)
-    mean = gram.sum(1) / (n - 2)
-    mean -= mean.sum() / (2 * (n - 1))
-    gram -= mean[:, None]
-    gram -= mean[None, :]
-    return gram.fill_diagonal_(0).flatten()
+        mean = grams.mean(2)
+        return grams - mean[:, :, None] - mean[:, None, :] + mean.mean(1)[:, None, None]
+    grams.diagonal(dim1=1, dim2=2).zero_()
+    mean = grams.sum(2) / (n - 2)
+    mean -= mean.sum(1, keepdim=True) / (2 * (n - 1))
+    grams = grams - mean[:, :, None] - mean[:, None, :]
+    grams.diagonal(dim1=1, dim2=2).zero_()
+    return grams
 
 
 class CkaAccumulator:
@@ -74,33 +116,38 @@ class CkaAccumulator:
         self.names = list(names)
         self.estimator: Estimator = estimator
         self.examples = 0
-        self._rows: dict[str, Tensor] = {}
+        self._grams: dict[str, Tensor] = {}
         self._sums = torch.zeros(len(self.names), len(self.names), dtype=torch.float64)
 
     def tap(self, name: str) -> Callable[[Tensor, Tensor], None]:
         """Return the tap for one module's output."""
 
         def update(_: Tensor, outputs: Tensor) -> None:
-            self._rows[name] = centred_gram(outputs.detach(), self.estimator)
+            self._grams[name] = _gram(outputs.detach())
 
         return update
 
     def end_batch(self, _batch: Dataset | None = None, _output: Any = None) -> None:
         """Add the batch whose outputs were tapped; batches of fewer than 4 examples are left out."""
-        missing = [name for name in self.names if name not in self._rows]
+        missing = [name for name in self.names if name not in self._grams]
         if missing:
             raise DataError(
                 f"CKA: the module {missing[0]!r} was not called in the forward pass; name blocks that run on every batch."
             )
-        grams = torch.stack([self._rows.pop(name) for name in self.names])
-        n = round(grams.shape[1] ** 0.5)
+        grams = [self._grams.pop(name) for name in self.names]
+        n = len(grams[0])
+        for name, gram in zip(self.names, grams, strict=True):
+            if len(gram) != n:
+                raise DataError(
+                    f"CKA compares the same examples: {self.names[0]!r} puts out {n} rows in one batch, {name!r} {len(gram)}; name modules "
+                    f"whose outputs have one row per example."
+                )
         if n < MINIMUM_EXAMPLES:
             return
         scale = n * (n - 3) if self.estimator == "unbiased" else (n - 1) ** 2
-        # Grams are scaled to unit size before the product: float32 then loses nothing to large feature norms.
-        size = grams.abs().amax(1, keepdim=True).double().clamp_min(1e-300)
-        unit = (grams / size).to(grams.dtype)
-        self._sums += (unit @ unit.T).double() * (size * size.T) / scale
+        # All pairs of layers at once: one product of (L, n * n) matrices.
+        rows = _centred(torch.stack(grams).cpu(), self.estimator).flatten(1)
+        self._sums += rows @ rows.T / scale
         self.examples += n
 
     def compute(self) -> Tensor:

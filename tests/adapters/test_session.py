@@ -10,12 +10,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from secateurs.errors import DataError, ProviderError, SecateursError
+from secateurs_adapters.fresh import in_fresh_process
 from secateurs_adapters.session import (
     CPU,
     Session,
     SessionOptions,
     check_provider,
-    in_fresh_process,
     run_dataset,
     seeded_inputs,
 )

@@ -50,7 +50,7 @@ def best(cost_of, options, allowed):
     return min(found, default=float("inf"))
 
 
-def check(problem):
+def check(problem, bins=BINS):
     cost_of, options, allowed = problem
     choice = allocate(cost_of, options, allowed)
     assert set(choice) == set(options)
@@ -63,7 +63,7 @@ def check(problem):
     assert spent <= allowed * (1 + 1e-12)
     value = sum(option.divergence for option in choice.values())
     # Costs are rounded up to bins, one bin per group at the most: the result is optimal for a budget that is smaller by that.
-    slack = len(options) * (allowed - cost_of({root: 0 for root in options})) / BINS
+    slack = len(options) * (allowed - cost_of(dict.fromkeys(options, 0))) / bins
     assert best(cost_of, options, allowed) - 1e-9 <= value <= best(cost_of, options, allowed - slack) + 1e-9
 
 
@@ -88,6 +88,14 @@ def test_searching_one_group_at_a_time_never_passes_what_is_allowed(problem):
         choice = allocate(cost_of, options, allowed)
     narrowest = cost_of({root: min(o.keep for o in found) for root, found in options.items()})
     assert cost_of({root: option.keep for root, option in choice.items()}) <= max(allowed, narrowest) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("bins", [1, 4, 16])
+@given(problem=tables(shared=False))
+def test_coarse_steps_cost_optimality_and_never_the_limit(bins, problem):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("secateurs.allocation.BINS", bins)
+        check(problem, bins)
 
 
 def test_by_hand():

@@ -105,9 +105,7 @@ def test_residual_agrees_with_least_squares_on_samples(b):
     weight = generator.normal(size=(3, units * b))
     y = x @ weight.T
     columns = np.arange(units * b).reshape(units, b)
-    order = backward_elimination(
-        [ResidualIncrease(*tensors(x.T @ x / n, weight, np.ones(3), columns))], units, keep=2
-    )
+    order = backward_elimination([ResidualIncrease(*tensors(x.T @ x / n, weight, np.ones(3), columns))], units, keep=2)
     kept = columns_of(columns, set(range(units)) - set(order.units))
     solution = np.linalg.lstsq(x[:, kept], y, rcond=None)[0]
     error = ((y - x[:, kept] @ solution) ** 2).sum() / n
@@ -174,9 +172,7 @@ def test_permuting_the_units_permutes_the_scores(seed, units, b):
     covariance, weight, noise, _, columns = problem(units, b, outputs=3, seed=seed)
     order = np.random.default_rng(seed).permutation(units)
     for criterion in (InformationLoss, ResidualIncrease):
-        plain, shuffled = (
-            criterion(*tensors(covariance, weight, noise, index)) for index in (columns, columns[order])
-        )
+        plain, shuffled = (criterion(*tensors(covariance, weight, noise, index)) for index in (columns, columns[order]))
         torch.testing.assert_close(shuffled.scores(), plain.scores()[torch.from_numpy(order)])
 
 

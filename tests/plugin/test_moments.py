@@ -97,7 +97,8 @@ def test_unit_columns_hold_all_that_is_read_of_a_channel(layer, shape):
     for channels in ([[0], [2]], [[2, 1]]):
         columns = unit_columns(layer, torch.tensor(channels))
         for row, unit in zip(columns, channels, strict=True):
-            expected = torch.cat([layer.weight.detach()[:, channel].flatten(1) for channel in unit], 1)
+            per_channel = weight.unflatten(1, (layer.weight.shape[1], -1))
+            expected = torch.cat([per_channel[:, channel] for channel in unit], 1)
             torch.testing.assert_close(weight[:, row], expected, rtol=0, atol=0)
 
 

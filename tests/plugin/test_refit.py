@@ -191,9 +191,7 @@ def test_layers_that_cannot_be_refitted_are_left_out():
 def test_moments_are_the_same_for_any_batch_size_and_bounded_by_rows():
     original, data = residual(), images(24)
     pruned = applied(original, removal(original, data, layers__0__conv1=[0]))
-    whole, parts = (
-        paired_moments(pruned, original, "layers.0.conv2", data, batch_size=size) for size in (24, 7)
-    )
+    whole, parts = (paired_moments(pruned, original, "layers.0.conv2", data, batch_size=size) for size in (24, 7))
     assert whole.x.count == parts.x.count == 24 * 64
     np.testing.assert_allclose(whole.cross, parts.cross, rtol=1e-4, atol=1e-5)
     few = paired_moments(pruned, original, "layers.0.conv2", data, batch_size=8, rows=240)

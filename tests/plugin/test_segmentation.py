@@ -1,5 +1,7 @@
 """Anchored clusters: worked by hand, and as properties."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -50,7 +52,7 @@ def test_clusters_partition_the_layers_and_hold_the_threshold(matrix, threshold)
     assert [layer for cluster in clusters for layer in cluster] == list(range(len(matrix)))
     for cluster in clusters:
         assert all(matrix[cluster[0]][layer] >= threshold for layer in cluster[1:])
-    for cluster, following in zip(clusters, clusters[1:], strict=False):
+    for cluster, following in pairwise(clusters):
         assert matrix[cluster[0]][following[0]] < threshold
 
 

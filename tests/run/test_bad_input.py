@@ -39,7 +39,9 @@ def refuse(secateurs, tmp_path):
         pytest.param(["passes.0.mi-node={}"], ["mi-node"], id="unknown pass among others"),
         pytest.param(["passes=[mi-node]"], ["unknown pass 'mi-node'", "Did you mean 'mi-nodes'"], id="unknown pass"),
         pytest.param(["pases=[]"], ["unknown recipe key", "'passes'"], id="unknown key"),
-        pytest.param(["data.calibration.source=digit"], ["unknown data source 'digit'", "'digits'"], id="unknown source"),
+        pytest.param(
+            ["data.calibration.source=digit"], ["unknown data source 'digit'", "'digits'"], id="unknown source"
+        ),
         pytest.param(["data.calibration.spilt=train"], ["unknown option 'spilt'", "'split'"], id="unknown data option"),
         pytest.param(["data.test={source: digits}"], ["unknown data role 'test'"], id="unknown role"),
         pytest.param(["metric=acuracy"], ["unknown metric 'acuracy'", "'accuracy'"], id="unknown metric"),
@@ -54,19 +56,41 @@ def refuse(secateurs, tmp_path):
             ["CUDAExecutionProvider", "CPUExecutionProvider", "onnxruntime-gpu"],
             id="provider not available",
         ),
-        pytest.param(["passes.cka-cluster.threshold=1.5"], ["threshold", "1.5", "less than or equal to 1"], id="threshold too large"),
+        pytest.param(
+            ["passes.cka-cluster.threshold=1.5"],
+            ["threshold", "1.5", "less than or equal to 1"],
+            id="threshold too large",
+        ),
         pytest.param(["passes.cka-cluster.threshold=-0.1"], ["threshold", "-0.1"], id="threshold negative"),
-        pytest.param(["passes.mi-nodes.target_mac=0.5"], ["unknown option 'target_mac'", "'target_macs'"], id="unknown pass option"),
-        pytest.param(["passes.mi-nodes.target_units=0.5"], ["exactly one of", "target_macs, target_units"], id="two targets"),
-        pytest.param(["budget.latency_ratio=-1"], ["budget.latency_ratio", "greater than 0", "-1"], id="negative budget"),
-        pytest.param(["budget.latencyratio=1"], ["unknown budget 'latencyratio'", "'latency_ratio'"], id="unknown budget"),
-        pytest.param(["budget.accuracy_drop=5"], ["budget.accuracy_drop", "less than or equal to 1"], id="drop in points"),
-        pytest.param(["data.evaluation={source: digits, split: train}"], ["overlap", "calibration"], id="overlap by origin"),
+        pytest.param(
+            ["passes.mi-nodes.target_mac=0.5"],
+            ["unknown option 'target_mac'", "'target_macs'"],
+            id="unknown pass option",
+        ),
+        pytest.param(
+            ["passes.mi-nodes.target_units=0.5"], ["exactly one of", "target_macs, target_units"], id="two targets"
+        ),
+        pytest.param(
+            ["budget.latency_ratio=-1"], ["budget.latency_ratio", "greater than 0", "-1"], id="negative budget"
+        ),
+        pytest.param(
+            ["budget.latencyratio=1"], ["unknown budget 'latencyratio'", "'latency_ratio'"], id="unknown budget"
+        ),
+        pytest.param(
+            ["budget.accuracy_drop=5"], ["budget.accuracy_drop", "less than or equal to 1"], id="drop in points"
+        ),
+        pytest.param(
+            ["data.evaluation={source: digits, split: train}"], ["overlap", "calibration"], id="overlap by origin"
+        ),
         pytest.param(["model.factory=digits_resnet:biuld"], ["biuld", "'build'"], id="factory misspelt"),
         pytest.param(["model.factory=no_such_module:build"], ["no_such_module"], id="factory not importable"),
-        pytest.param(["model.factory=json:dumps", "model.arguments={obj: 1}"], ["json", "Module"], id="factory returns no module"),
+        pytest.param(
+            ["model.factory=json:dumps", "model.arguments={obj: 1}"], ["json", "Module"], id="factory returns no module"
+        ),
         pytest.param(["model.arguments={width: 3}"], ["width"], id="factory arguments"),
-        pytest.param(["model.arguments={widths: [8, 16, 24]}"], ["(16, 1, 3, 3)", "(8, 1, 3, 3)"], id="weights do not fit"),
+        pytest.param(
+            ["model.arguments={widths: [8, 16, 24]}"], ["(16, 1, 3, 3)", "(8, 1, 3, 3)"], id="weights do not fit"
+        ),
         pytest.param(["model.weights=examples/none.safetensors"], ["none.safetensors"], id="weights missing"),
         pytest.param(["model.weights=README.md"], ["README.md", "safetensors"], id="weights not safetensors"),
         pytest.param(["schema=2"], ["`schema` must be 1"], id="schema"),
@@ -84,7 +108,9 @@ def test_a_wrong_recipe_is_refused(refuse, overrides, parts):
 @pytest.mark.parametrize(
     ("arrays", "part"),
     [
-        pytest.param({"images": np.zeros((0, 8, 8, 1), np.float32), "labels": np.zeros(0, np.int64)}, "empty", id="empty"),
+        pytest.param(
+            {"images": np.zeros((0, 8, 8, 1), np.float32), "labels": np.zeros(0, np.int64)}, "empty", id="empty"
+        ),
         pytest.param(
             {"images": np.full((20, 1, 8, 8), np.nan, np.float32), "labels": np.arange(20) % 10}, "NaN", id="NaN"
         ),
@@ -158,14 +184,23 @@ def test_a_file_that_is_not_onnx_is_refused(secateurs, tmp_path, content):
 
 def test_nothing_prunable_ends_with_exit_code_1_and_says_so(secateurs, tmp_path):
     ended = secateurs(
-        "run", RECIPE, "--output", tmp_path / "out", "--set", "passes=[{cka-cluster: {threshold: 1.0}}]", "--set", "budget={}"
+        "run",
+        RECIPE,
+        "--output",
+        tmp_path / "out",
+        "--set",
+        "passes=[{cka-cluster: {threshold: 1.0}}]",
+        "--set",
+        "budget={}",
     )
     assert ended.code == 1
     assert "nothing could be pruned" in ended.out
 
 
 def test_an_unreachable_target_ends_with_exit_code_1_and_says_by_how_much(secateurs, tmp_path):
-    ended = secateurs("run", RECIPE, "--dry-run", "--set", "passes=[{mi-nodes: {target_macs: 0.01, grid: 2, min_units: 8}}]")
+    ended = secateurs(
+        "run", RECIPE, "--dry-run", "--set", "passes=[{mi-nodes: {target_macs: 0.01, grid: 2, min_units: 8}}]"
+    )
     assert ended.code == 1
     assert "`target_macs` 0.01 was not reached" in ended.out
 

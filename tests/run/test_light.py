@@ -53,7 +53,9 @@ def test_the_readme_has_exactly_one_run_command_and_one_test_command():
 
 @pytest.mark.parametrize("block", _blocks("python"), ids=lambda block: block.strip().splitlines()[0])
 def test_the_python_of_the_readme_runs(block, tmp_path):
-    done = subprocess.run([sys.executable, "-W", "error", "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 

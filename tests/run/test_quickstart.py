@@ -73,9 +73,8 @@ def test_the_plan_holds_the_edits_that_the_report_counts(quickstart, report):
 
 
 def test_the_network_reloads_bit_for_bit_in_a_new_process_without_pickle(quickstart, tmp_path):
-    from digits_resnet import build
-
     import torch
+    from digits_resnet import build
 
     inputs = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "inputs.npy", inputs.numpy())
@@ -136,7 +135,14 @@ def test_resume_refuses_another_recipe(quickstart, secateurs):
 def test_an_impossible_budget_fails_and_still_writes_everything(secateurs, tmp_path):
     out = tmp_path / "out"
     failed = secateurs(
-        "run", "examples/quickstart.yaml", "--output", out, "--set", "budget.latency_ratio=0.01", "--set", "recovery.epochs=0"
+        "run",
+        "examples/quickstart.yaml",
+        "--output",
+        out,
+        "--set",
+        "budget.latency_ratio=0.01",
+        "--set",
+        "recovery.epochs=0",
     )
     assert failed.code == 1
     report = json.loads((out / "report.json").read_text())
@@ -188,6 +194,9 @@ def test_validate_judges_the_files_of_a_run(quickstart, secateurs, tmp_path):
     judged = secateurs("validate", *files, "--data", spec, "--budget", budget, "--json")
     assert judged.code == 0, judged.err
     report = json.loads(judged.out)
-    assert {row["name"]: row["status"] for row in report["budget"]} == {"artifact_ratio": "pass", "accuracy_drop": "pass"}
+    assert {row["name"]: row["status"] for row in report["budget"]} == {
+        "artifact_ratio": "pass",
+        "accuracy_drop": "pass",
+    }
     budget.write_text(yaml.safe_dump({"artifact_ratio": 0.1}))
     assert secateurs("validate", *files, "--budget", budget).code == 1

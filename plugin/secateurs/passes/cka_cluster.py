@@ -122,20 +122,23 @@ class CkaCluster(Pass):
             plan, blocked = plan_clusters(
                 similarity, blocks, threshold=settings.threshold, granularity=self._granularity, max_blocks=self._left()
             )
-            skipped += blocked
             if plan:
                 self._proposed = len(plan)
+                known = {item.where: item for item in (*skipped, *blocked)}
                 return Proposal(
                     plan,
-                    tuple(skipped),
+                    tuple(known.values()),
                     consumers=self._consumers(context, plan),
                     recovery_epochs=settings.recovery_epochs,
                     tolerance=settings.tolerance,
                     recalibrate=True,
                     details=self._details(blocks, similarity),
                 )
+            skipped += blocked
             self._granularity += 1
-        return Proposal(Plan(), tuple(skipped), details=self._details(blocks, similarity))
+        return Proposal(
+            Plan(), tuple({item.where: item for item in skipped}.values()), details=self._details(blocks, similarity)
+        )
 
     def answer(self, accepted: bool) -> None:
         """Measure again after an accepted round; after a rejected one, remove fewer members of each cluster."""
