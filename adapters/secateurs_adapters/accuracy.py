@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from secateurs.errors import DataError
 from secateurs.intervals import binomial_interval, paired_difference_interval
-from secateurs.report import Accuracy, Estimate
+from secateurs.report import Accuracy, Estimate, Pairs
 from secateurs_adapters.session import Session, run_dataset, seeded_inputs
 
 if TYPE_CHECKING:
@@ -38,11 +38,12 @@ _LARGEST_BATCH = 64
 
 @dataclass(frozen=True)
 class Comparison:
-    """The metric of both files, and the drop from baseline to candidate (positive is worse)."""
+    """The metric of both files, and the drop from baseline to candidate (positive is worse), with the pairs behind it."""
 
     baseline: Accuracy
     candidate: Accuracy
     drop: Estimate
+    pairs: Pairs | None = None
 
 
 def compare_accuracy(
@@ -76,9 +77,10 @@ def compare_accuracy(
     if right_before is None or right_after is None:
         drop = first.value - second.value if metric.higher_is_better else second.value - first.value
         return Comparison(first, second, Estimate(value=drop))
-    lost, gained = int((right_before & ~right_after).sum()), int((~right_before & right_after).sum())
-    interval = paired_difference_interval(lost, gained, len(evaluation))
-    return Comparison(first, second, Estimate(value=(lost - gained) / len(evaluation), ci95=interval))
+    n = len(evaluation)
+    pairs = Pairs(lost=int((right_before & ~right_after).sum()), gained=int((~right_before & right_after).sum()), n=n)
+    interval = paired_difference_interval(pairs.lost, pairs.gained, n)
+    return Comparison(first, second, Estimate(value=(pairs.lost - pairs.gained) / n, ci95=interval), pairs)
 
 
 def score(metric: Metric, outputs: Array, labels: Array) -> tuple[Accuracy, npt.NDArray[np.bool_] | None]:

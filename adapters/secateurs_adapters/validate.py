@@ -100,6 +100,7 @@ class OnnxRuntimeTarget:
             latency_p50=latency.ratio,
             peak_memory=ratio(second.peak_memory_bytes, first.peak_memory_bytes),
             accuracy_drop=None if comparison is None else comparison.drop,
+            accuracy_pairs=None if comparison is None else comparison.pairs,
             agreement=agreed,
         )
         return Measurement(first, second, ratios, (*_violations("baseline", first), *_violations("candidate", second)))

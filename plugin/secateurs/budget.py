@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from secateurs.errors import BudgetError, unknown_name
+from secateurs.intervals import paired_difference_interval
 from secateurs.report import BudgetRow, Estimate, Ratios, Side, Status, TargetFigures, TargetRatios
 
 __all__ = ["MIB", "Budget", "judge", "parse_budget", "verdict"]
@@ -82,7 +83,7 @@ def _target_rows(
     latency = figures.latency_ms.p50 if figures and figures.latency_ms else None
     peak = figures.peak_memory_bytes if figures else None
     return [
-        _accuracy_row(budget, label, ratios.accuracy_drop),
+        _accuracy_row(budget, label, ratios),
         _interval_row("latency_ratio", label, budget.latency_ratio, ratios.latency_p50),
         _row("latency_ms", label, budget.latency_ms, latency),
         _row("peak_memory_mib", label, budget.peak_memory_mib, _scaled(peak, MIB)),
@@ -114,16 +115,40 @@ def _interval_row(name: str, target: str | None, limit: float | None, measured: 
     )
 
 
-def _accuracy_row(budget: Budget, target: str | None, drop: Estimate | None) -> BudgetRow | None:
-    row = _row("accuracy_drop", target, budget.accuracy_drop, None if drop is None else drop.value)
-    if row is None or drop is None:
-        return row
-    row.ci95 = drop.ci95
-    if budget.accuracy_confidence is not None:
-        return _interval_row("accuracy_drop", target, budget.accuracy_drop, drop)
-    # One example more or less must not turn on the rounding of a division.
-    row.status = "pass" if drop.value <= (budget.accuracy_drop or 0.0) + 1e-9 else "fail"
-    return row
+def _accuracy_row(budget: Budget, target: str | None, ratios: TargetRatios) -> BudgetRow | None:
+    """Gate on the point drop, or on the exact paired interval at the confidence asked for."""
+    limit, drop, pairs = budget.accuracy_drop, ratios.accuracy_drop, ratios.accuracy_pairs
+    if limit is None or drop is None:
+        return _row("accuracy_drop", target, limit, None)
+    if budget.accuracy_confidence is None:
+        # One example more or less must not turn on the rounding of a division.
+        status: Status = "pass" if drop.value <= limit + 1e-9 else "fail"
+        return BudgetRow(
+            name="accuracy_drop", target=target, limit=limit, measured=drop.value, ci95=drop.ci95, status=status
+        )
+    if pairs is None:
+        row = _row("accuracy_drop", target, limit, drop.value)
+        assert row is not None
+        return row.model_copy(
+            update={
+                "status": "undecided",
+                "reason": "this metric has no exact interval; leave `accuracy_confidence` out",
+            }
+        )
+    low, high = paired_difference_interval(pairs.lost, pairs.gained, pairs.n, budget.accuracy_confidence)
+    status = "pass" if high <= limit else "fail" if low > limit else "undecided"
+    reason = (
+        f"the {budget.accuracy_confidence:g} interval is [{low:.4f}, {high:.4f}]; more evaluation examples narrow it"
+    )
+    return BudgetRow(
+        name="accuracy_drop",
+        target=target,
+        limit=limit,
+        measured=drop.value,
+        ci95=drop.ci95,
+        status=status,
+        reason=None if status == "pass" else reason,
+    )
 
 
 def verdict(rows: Sequence[BudgetRow], reasons: Sequence[str] = ()) -> Status:

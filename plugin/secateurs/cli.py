@@ -69,10 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _fail(error: BaseException, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    if isinstance(error, SecateursError):
-        text = str(error)
-    else:
-        text = f"the run failed: {type(error).__name__}: {error}. `--debug` shows where."
+    unforeseen = f"the run failed: {type(error).__name__}: {error}. `--debug` shows where."
+    text = str(error) if isinstance(error, SecateursError) else unforeseen
     _err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
     return code
 

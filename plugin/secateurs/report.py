@@ -24,6 +24,7 @@ __all__ = [
     "Environment",
     "Estimate",
     "Latency",
+    "Pairs",
     "Parity",
     "PassRecord",
     "Ratios",
@@ -128,12 +129,27 @@ class Side(_Form):
     targets: list[TargetFigures] = Field(default_factory=list)
 
 
+class Pairs(_Form):
+    """Examples on which baseline and candidate differ: what an exact paired test needs.
+
+    Attributes:
+        lost: only the baseline is right.
+        gained: only the candidate is right.
+        n: all examples.
+    """
+
+    lost: int
+    gained: int
+    n: int
+
+
 class TargetRatios(_Form):
     """Candidate over baseline on one target."""
 
     latency_p50: Estimate | None = None
     peak_memory: float | None = None
     accuracy_drop: Estimate | None = None
+    accuracy_pairs: Pairs | None = None
     agreement: float | None = None
 
 

@@ -67,18 +67,12 @@ def _gram(x: Tensor) -> Tensor:
 def _product(flat: Tensor) -> Tensor:
     r"""Return $X X^\top$, float64: products of pieces of the features in their own precision, summed in float64.
 
-    The pieces are views. Without them, the product of so long a matrix uses one thread, and float32 loses a digit to its length. Of the four
-    quarters of the symmetric result, the one that is the transpose of another is not computed.
+    The pieces are views. Without them, the product of so long a matrix uses one thread, and float32 loses a digit to its length.
     """
     n, width = flat.shape
-    half, parts = n // 2, math.gcd(width, max(width // PIECE, 1))
-    rows = flat.view(n, parts, width // parts).transpose(0, 1)
-    columns = rows.transpose(1, 2)
-    gram = flat.new_empty(n, n, dtype=torch.float64)
-    gram[:half] = torch.bmm(rows[:, :half], columns).sum(0, dtype=torch.float64)
-    gram[half:, half:] = torch.bmm(rows[:, half:], columns[:, :, half:]).sum(0, dtype=torch.float64)
-    gram[half:, :half] = gram[:half, half:].T
-    return gram
+    parts = math.gcd(width, max(width // PIECE, 1))
+    pieces = flat.view(n, parts, width // parts).transpose(0, 1)
+    return torch.bmm(pieces, pieces.transpose(1, 2)).sum(0, dtype=torch.float64)
 
 
 def _without_mean(flat: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ def layers(path, count, width=256):
     return path
 
 
+@pytest.mark.alone
 def test_two_copies_of_one_file_have_a_ratio_of_one(tmp_path):
     path, copy = layers(tmp_path / "a.onnx", 8), layers(tmp_path / "b.onnx", 8)
     # A 95 % interval misses one time in twenty; three misses in a row are a defect.
@@ -49,6 +50,7 @@ def test_two_copies_of_one_file_have_a_ratio_of_one(tmp_path):
     assert found.baseline.first_run_ms > 0
 
 
+@pytest.mark.alone
 def test_a_network_eight_times_bigger_is_slower_and_found_so(tmp_path):
     steps = []
     found = measure_latency(
@@ -62,6 +64,7 @@ def test_a_network_eight_times_bigger_is_slower_and_found_so(tmp_path):
     assert steps == [(n, 5) for n in range(1, 6)]
 
 
+@pytest.mark.alone
 def test_more_processes_are_taken_while_undecided(tmp_path):
     path = layers(tmp_path / "a.onnx", 1, width=16)
     asked = []

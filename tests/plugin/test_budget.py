@@ -4,7 +4,8 @@ import pytest
 
 from secateurs.budget import MIB, Budget, judge, parse_budget, verdict
 from secateurs.errors import BudgetError
-from secateurs.report import BudgetRow, Estimate, Latency, Ratios, Side, TargetFigures, TargetRatios
+from secateurs.intervals import paired_difference_interval
+from secateurs.report import BudgetRow, Estimate, Latency, Pairs, Ratios, Side, TargetFigures, TargetRatios
 
 
 def estimate(value, low=None, high=None):
@@ -65,21 +66,35 @@ def test_latency_is_judged_by_its_interval(figures, status):
 
 
 @pytest.mark.parametrize(
-    ("figures", "point", "confident"),
+    ("lost", "gained", "point", "confident", "confidence"),
     [
-        ((0.005, 0.001, 0.009), "pass", "pass"),
-        ((0.005, -0.01, 0.02), "pass", "undecided"),
-        ((0.015, 0.0, 0.03), "fail", "undecided"),
-        ((0.03, 0.02, 0.04), "fail", "fail"),
-        ((-0.01, -0.02, 0.0), "pass", "pass"),
+        (1, 0, "pass", "pass", 0.95),
+        (20, 15, "pass", "undecided", 0.95),
+        (30, 15, "fail", "undecided", 0.95),
+        (60, 10, "fail", "fail", 0.95),
+        (2, 30, "pass", "pass", 0.95),
+        (12, 9, "pass", "undecided", 0.95),
+        (12, 9, "pass", "pass", 0.6),
     ],
-    ids=["clearly within", "noisy within", "noisy beyond", "clearly beyond", "better than before"],
+    ids=["clearly within", "noisy within", "noisy beyond", "clearly beyond", "better", "wide", "less confidence"],
 )
-def test_accuracy_is_judged_by_the_point_unless_confidence_is_asked_for(figures, point, confident):
-    drop = estimate(*figures)
-    assert judged({"accuracy_drop": 0.01}, accuracy_drop=drop).status == point
-    assert judged({"accuracy_drop": 0.01, "accuracy_confidence": 0.95}, accuracy_drop=drop).status == confident
-    assert judged({"accuracy_drop": 0.01}, accuracy_drop=drop).ci95 == figures[1:], "the interval is always shown"
+def test_accuracy_is_judged_by_the_point_unless_confidence_is_asked_for(lost, gained, point, confident, confidence):
+    interval = paired_difference_interval(lost, gained, 1000)
+    figures = {
+        "accuracy_drop": Estimate(value=(lost - gained) / 1000, ci95=interval),
+        "accuracy_pairs": Pairs(lost=lost, gained=gained, n=1000),
+    }
+    assert judged({"accuracy_drop": 0.01}, **figures).status == point
+    row = judged({"accuracy_drop": 0.01, "accuracy_confidence": confidence}, **figures)
+    assert row.status == confident
+    assert row.ci95 == interval, "the interval is always shown"
+    assert (row.reason is None) == (confident == "pass")
+
+
+def test_a_metric_without_pairs_cannot_be_judged_with_confidence():
+    row = judged({"accuracy_drop": 0.01, "accuracy_confidence": 0.9}, accuracy_drop=estimate(0.001, 0, 0.002))
+    assert row.status == "undecided"
+    assert "no exact interval" in row.reason
 
 
 def test_a_drop_of_exactly_the_limit_passes_whatever_the_division_rounds_to():

@@ -255,7 +255,8 @@ FILES = {
     "not yaml": ("a: [1", "is not YAML"),
     "two documents": ("a: 1\n---\nb: 2\n", "is not YAML"),
     "python object": ("seed: !!python/object/apply:os.system [true]", "is not YAML"),
-    "holds itself": ("seed: &a [*a]", "not plain data"),
+    "holds itself": ("seed: &a [*a]", "YAML alias"),
+    "grows without end": ("a: &a [1, 1]\nb: &b [*a, *a]\nseed: [*b, *b]", "line 2 .* YAML alias"),
     "key that is a date": ("2024-01-01: 1", "not plain data"),
 }
 

@@ -19,7 +19,7 @@ from secateurs.report import report_schema
 from secateurs.runner import OUTPUTS
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.xdist_group("quickstart")
+pytestmark = pytest.mark.alone
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,41 @@
+"""Runs each benchmark as a script and reads what it wrote: `pytest -m long tests/benchmarks`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+DATA = HERE.parents[2] / "shared" / "data"
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.timeout(7200),
+    pytest.mark.skipif(not DATA.is_dir(), reason="the data folder shared/data beside the repository is not here"),
+]
+
+
+def results(name, tmp_path, *options):
+    output = tmp_path / f"{name}.json"
+    command = [sys.executable, str(HERE / f"{name}.py"), "--output", str(output), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert output.exists(), done.stderr
+    return json.loads(output.read_text())
+
+
+def test_a_cka_sweep_costs_at_most_a_fifth_of_the_forward_passes(tmp_path):
+    body = results("cka_sweep", tmp_path, "--layouts", "contiguous")
+    assert body["accuracy"]["max_abs_difference_naive_float64"] <= 1e-6
+    assert body["accuracy"]["max_abs_difference_torch_cka"] <= 1e-3
+    assert [run["ratio_sweep_to_forward"] for run in body["runs"]] <= [body["budget_ratio"]]
+
+
+def test_mi_nodes_keeps_the_accuracy_that_the_readme_states(tmp_path):
+    body = results("cifar_allocation", tmp_path)
+    for part, least in zip(body["targets"], (890, 815), strict=True):
+        rows = {row["method"]: row for row in part["rows"]}
+        assert rows["mi-nodes"]["right"] >= least
+        assert all(row["macs_ratio"] <= part["target_macs"] for row in rows.values())
+        assert all(row["right"] <= rows["mi-nodes"]["right"] + 16 for row in rows.values())
