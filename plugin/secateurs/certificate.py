@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from secateurs.data import Dataset
 from secateurs.errors import CertificateError, PlanError
 from secateurs.forward import call, inference, output_tensors
+from secateurs.layers import mixes, weight_dims
 from secateurs.plan import DropBlock, Edit, Plan, RemoveUnits, SetAttribute
 from secateurs.readers import masked, observe_readers
 from secateurs.report import Certificate, Skipped
@@ -71,15 +72,7 @@ def _produced(original: nn.Module, edit: RemoveUnits) -> dict[str, tuple[int, ..
     produced = {}
     for piece in edit.slices:
         layer = original.get_submodule(piece.module)
-        tensor = getattr(layer, piece.parameter, None)
-        depthwise = getattr(layer, "groups", 1) > 1
-        if (
-            piece.parameter == "weight"
-            and piece.dim == 0
-            and isinstance(tensor, Tensor)
-            and tensor.ndim >= 2
-            and not depthwise
-        ):
+        if piece.parameter == "weight" and mixes(layer) and piece.dim == weight_dims(layer)[0]:
             produced[piece.module] = piece.removed
     return produced
 

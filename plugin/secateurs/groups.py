@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,16 +33,22 @@ from torch import nn
 from secateurs.data import Dataset
 from secateurs.errors import GroupError
 from secateurs.forward import call, output_tensors, tensors
+from secateurs.layers import (
+    CONVOLUTIONS,
+    NORMS,
+    Kind,
+    is_depthwise,
+    is_stored_transposed,
+    slice_dimensions,
+    width_attributes,
+)
 from secateurs.plan import Plan, RemoveUnits, SetAttribute, Slice
 from secateurs.report import Skipped
 
-__all__ = ["Group", "Limits", "Member", "find_groups", "group_importances", "plan_removal"]
+__all__ = ["Group", "Limits", "Member", "WidthAttribute", "find_groups", "group_importances", "plan_removal"]
 
-Kind = Literal["out", "in", "pass"]
 Index = npt.NDArray[np.int64]
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _LOCK = threading.Lock()
 _MAX_VALID_DIM = 100
 
@@ -76,6 +82,15 @@ class Member:
 
 
 @dataclass(frozen=True)
+class WidthAttribute:
+    """A plain attribute that counts units: it loses `per_unit` for each one that goes."""
+
+    module: str
+    name: str
+    per_unit: int
+
+
+@dataclass(frozen=True)
 class Group:
     """Units that can only be removed together, over all layers that they touch.
 
@@ -83,11 +98,13 @@ class Group:
         root: the layer the group is named after.
         units: how many there are.
         members: every layer that shrinks, producers first.
+        attributes: attributes beyond the layers' own widths, for example a number of heads.
     """
 
     root: str
     units: int
     members: tuple[Member, ...]
+    attributes: tuple[WidthAttribute, ...] = ()
 
     def of(self, kind: Kind) -> tuple[Member, ...]:
         """Return the members of one kind."""
@@ -113,9 +130,7 @@ def find_groups(model: nn.Module, example: Dataset, limits: Limits | None = None
         GroupError: no dependency graph could be built at all.
     """
     limits = limits or Limits()
-    twin = copy.deepcopy(model).eval()
-    for parameter in twin.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+    twin = _traceable(model)
     names = {module: name for name, module in twin.named_modules()}
     groups: list[Group] = []
     skipped: list[Skipped] = []
@@ -127,7 +142,7 @@ def find_groups(model: nn.Module, example: Dataset, limits: Limits | None = None
             raise GroupError(f"the dependency graph of the network cannot be built: {error}") from None
         seen: set[nn.Module] = set()
         for module in list(graph.module2node):
-            if module in seen or not isinstance(module, (*_CONVOLUTIONS, nn.Linear)) or _is_depthwise(module):
+            if module in seen or not isinstance(module, (*CONVOLUTIONS, nn.Linear)) or is_depthwise(module):
                 continue
             deadline.restart()
             try:
@@ -163,9 +178,7 @@ def group_importances(
     Raises:
         GroupError: the graph or a group cannot be built, or the importance gives no score.
     """
-    twin = copy.deepcopy(model).eval()
-    for parameter in twin.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+    twin = _traceable(model)
     found: dict[str, list[float]] = {}
     with _mended(limits or Limits()) as deadline, torch.enable_grad():
         deadline.restart()
@@ -180,6 +193,23 @@ def group_importances(
         except _Refused as error:
             raise GroupError(str(error)) from None
     return found
+
+
+def _traceable(model: nn.Module) -> nn.Module:
+    """Return a copy that torch-pruning can trace: gradients on, evaluation mode, only layers that it knows."""
+    twin = copy.deepcopy(model).eval()
+    for path, layer in list(twin.named_modules()):
+        if is_stored_transposed(layer):
+            old: Any = layer
+            linear = nn.Linear(
+                old.weight.shape[0], old.weight.shape[1], dtype=old.weight.dtype, device=old.weight.device
+            )
+            linear.weight, linear.bias = nn.Parameter(old.weight.detach().T.contiguous()), old.bias
+            parent, _, name = path.rpartition(".")
+            setattr(twin.get_submodule(parent), name, linear)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return twin
 
 
 def _build(twin: nn.Module, example: Dataset) -> Any:
@@ -216,14 +246,6 @@ def _enumerate(graph: Any, module: nn.Module) -> Any:
         raise _Refused(f"torch-pruning cannot follow its units ({type(error).__name__}: {error})") from None
 
 
-def _is_depthwise(module: nn.Module) -> bool:
-    return (
-        isinstance(module, _CONVOLUTIONS)
-        and module.groups > 1
-        and module.groups == module.out_channels == module.in_channels
-    )
-
-
 def _describe(items: Any, graph: Any, names: dict[nn.Module, str]) -> Group:
     root = items[0].dep.target.module
     units = len(items[0].idxs)
@@ -253,11 +275,11 @@ def _describe(items: Any, graph: Any, names: dict[nn.Module, str]) -> Group:
 
 def _kind(module: nn.Module, name: str, produces: bool) -> Kind | None:
     """Tell how a layer takes part, or refuse layers whose part is not described here."""
-    if isinstance(module, _NORMS):
+    if isinstance(module, NORMS):
         return "pass" if module.affine or module.track_running_stats else None
-    if _is_depthwise(module):
+    if is_depthwise(module):
         return "pass"
-    if isinstance(module, _CONVOLUTIONS):
+    if isinstance(module, CONVOLUTIONS):
         if module.groups > 1:
             raise _Refused(f"{name!r} is a grouped convolution ({module.groups} groups)")
         return "out" if produces else "in"
@@ -372,37 +394,21 @@ def plan_removal(
         layer: Any = model.get_submodule(member.module)
         gone = {int(value) for value in member.index[chosen].ravel()}
         before = 0
-        for parameter, dim in _dimensions(layer, member.kind):
+        for parameter, dim in slice_dimensions(layer, member.kind):
             tensor = getattr(layer, parameter, None)
             if tensor is not None:
                 left = earlier.kept(member.module, parameter, dim, tensor.shape[dim])
                 before = tensor.shape[dim] - len(left)
                 removed = tuple(position for position, index in enumerate(left) if index in gone)
                 pieces.append(Slice(module=member.module, parameter=parameter, dim=dim, removed=removed))
-        for name in _width_attributes(layer, member.kind):
+        for name in width_attributes(layer, member.kind):
             value = int(getattr(layer, name)) - before - len(gone)
             attributes.append(
                 SetAttribute(module=member.module, name=name, value=value, reason=f"{len(gone)} units of {group.root}")
             )
+    for attribute in group.attributes:
+        value = int(getattr(model.get_submodule(attribute.module), attribute.name)) - attribute.per_unit * len(chosen)
+        why = f"{len(chosen)} units of {group.root}"
+        attributes.append(SetAttribute(module=attribute.module, name=attribute.name, value=value, reason=why))
     edit = RemoveUnits(root=group.root, units=tuple(int(unit) for unit in chosen), slices=tuple(pieces), reason=reason)
     return Plan(edits=(edit, *attributes))
-
-
-def _dimensions(layer: nn.Module, kind: Kind) -> tuple[tuple[str, int], ...]:
-    if kind == "in":
-        return (("weight", 1),)
-    if isinstance(layer, _NORMS):
-        return (("weight", 0), ("bias", 0), ("running_mean", 0), ("running_var", 0))
-    return (("weight", 0),) if isinstance(layer, nn.PReLU) else (("weight", 0), ("bias", 0))
-
-
-def _width_attributes(layer: nn.Module, kind: Kind) -> tuple[str, ...]:
-    if isinstance(layer, _NORMS):
-        return ("num_features",)
-    if isinstance(layer, nn.PReLU):
-        return ("num_parameters",)
-    if isinstance(layer, nn.Linear):
-        return ("out_features",) if kind == "out" else ("in_features",)
-    if kind == "pass":
-        return ("in_channels", "out_channels", "groups")
-    return ("out_channels",) if kind == "out" else ("in_channels",)

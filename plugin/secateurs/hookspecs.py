@@ -16,6 +16,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import nn
 
+    from secateurs.attention import AttentionHeads
     from secateurs.blocks import Block
     from secateurs.interfaces import CostModel, DatasetLoader, Exporter, Metric, ModelLoader, ProgressEvent, Target
     from secateurs.passes.base import Pass
@@ -71,7 +72,7 @@ def secateurs_describe_blocks(model: nn.Module) -> list[Block] | None:
 
 
 @hookspec(firstresult=True)
-def secateurs_describe_attention(module: nn.Module) -> Any:
+def secateurs_describe_attention(module: nn.Module) -> AttentionHeads | None:
     """When a module's attention heads are looked for: return their description, or None to leave it to the next plugin."""
 
 

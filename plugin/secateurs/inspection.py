@@ -27,7 +27,7 @@ def inspect(session: Session) -> dict[str, Any]:
     blocks = find_blocks(model, example, context.describe_blocks)
     names = [block.path for block in blocks]
     similarity = cka_matrix(model, names, context.calibration).tolist() if names else []
-    groups, skipped = checked_groups(model, example, NodeSettings())
+    groups, skipped = checked_groups(model, example, NodeSettings(), context.describe_attention)
     macs, parameters = cost.macs(model, example), cost.parameters(model)
     return {
         "macs": cost.total(macs),

@@ -17,6 +17,7 @@ import numpy as np
 from torch import nn
 
 from secateurs import checkpoint, cost
+from secateurs.attention import DescribeAttention
 from secateurs.blocks import Describe
 from secateurs.certificate import keep_certified
 from secateurs.data import Dataset, Roles, resolve_roles
@@ -51,6 +52,7 @@ class Session:
         cost_models: by name.
         recovery: settings of the training that passes may ask for.
         describe_blocks: the hook.
+        describe_attention: the hook.
         progress: called with every step.
         seed: of everything random.
     """
@@ -61,6 +63,7 @@ class Session:
     evaluate: Callable[[nn.Module], float] | None = None
     recovery: RecoverySettings = field(default_factory=RecoverySettings)
     describe_blocks: Describe | None = None
+    describe_attention: DescribeAttention | None = None
     progress: Callable[[ProgressEvent], None] = field(default=lambda _: None)
     seed: int = 0
 
@@ -75,6 +78,7 @@ class Session:
             evaluate=self.evaluate,
             cost_models=self.cost_models,
             describe_blocks=self.describe_blocks,
+            describe_attention=self.describe_attention,
             progress=self.progress,
             seed=self.seed,
         )
@@ -350,6 +354,7 @@ def prune(
         evaluate=evaluate,
         recovery=settings,
         describe_blocks=lambda network: manager.hook.secateurs_describe_blocks(model=network),
+        describe_attention=lambda module: manager.hook.secateurs_describe_attention(module=module),
         progress=progress or (lambda _: None),
         seed=seed,
     )

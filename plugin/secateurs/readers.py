@@ -17,16 +17,10 @@ from torch import Tensor, nn
 
 from secateurs.data import Dataset
 from secateurs.forward import call, frozen_randomness, inference, output_tensors
+from secateurs.layers import channel_dim, mixes
 from secateurs.probe import first_tensor
 
-__all__ = ["Reading", "channel_dim", "masked", "observe_readers"]
-
-
-_SPATIAL_AXES = (
-    ((nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d), 1),
-    ((nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d), 2),
-    ((nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d), 3),
-)
+__all__ = ["Reading", "masked", "observe_readers"]
 
 
 STRENGTHS = (4.0, 1.0, 0.25, 0.05)
@@ -46,27 +40,11 @@ class Reading:
     reaches_output: bool
 
 
-def channel_dim(layer: nn.Module, value: Tensor) -> int:
-    """Return the axis of a layer's input or output that holds the channels."""
-    spatial = next((axes for kinds, axes in _SPATIAL_AXES if isinstance(layer, kinds)), None)
-    if spatial is None or (isinstance(layer, nn.BatchNorm1d) and value.ndim == 2):
-        return value.ndim - 1
-    return value.ndim - 1 - spatial
-
-
-def _mixes(layer: nn.Module) -> bool:
-    """Tell whether a layer combines channels: it has a weight of two dimensions or more and is not depthwise."""
-    own = [parameter for parameter in layer.parameters(recurse=False) if parameter.ndim >= 2]
-    return bool(own) and not (
-        getattr(layer, "groups", 1) > 1 and getattr(layer, "groups", 1) == getattr(layer, "in_channels", 0)
-    )
-
-
 class _Recorder:
     """Outputs and inputs of every mixing layer, call by call; in the second pass, outputs are replayed and inputs compared."""
 
     def __init__(self, model: nn.Module, disturbed: Mapping[str, tuple[int, ...]]) -> None:
-        self.layers = {name: module for name, module in model.named_modules() if _mixes(module)}
+        self.layers = {name: module for name, module in model.named_modules() if mixes(module)}
         self.disturbed = disturbed
         self.inputs: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         self.outputs: dict[str, list[Any]] = {name: [] for name in self.layers}

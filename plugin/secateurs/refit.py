@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from secateurs.data import Dataset
 from secateurs.forward import call, inference
+from secateurs.layers import as_weight, is_matrix_layer, weight_dims, weight_matrix, widths_of
 from secateurs.moments import PairedMoments, Positions, output_positions, patches, rows_of_output
 from secateurs.plan import Plan
 from secateurs.probe import sweep
@@ -37,7 +38,7 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass(frozen=True)
 class Solution:
-    """A consumer's new weight, shaped as the old one, and the shift of its output (None: no constant term was fitted)."""
+    """A consumer's new weight, outputs first, and the shift of its output (None: no constant term was fitted)."""
 
     weight: Tensor
     shift: Tensor | None
@@ -50,7 +51,7 @@ def _any(model: nn.Module, name: str) -> Any:
 
 def refittable(layer: nn.Module) -> bool:
     """Tell whether a layer is one that `refit` can update: linear, or a convolution with one group."""
-    return isinstance(layer, nn.Linear) or (isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and layer.groups == 1)
+    return is_matrix_layer(layer)
 
 
 def following_norms(model: nn.Module, example: Dataset) -> dict[str, str]:
@@ -164,7 +165,7 @@ def install(
     """
     layer: Any = model.get_submodule(name)
     with torch.no_grad():
-        layer.weight.copy_(solution.weight)
+        layer.weight.copy_(as_weight(layer, solution.weight.flatten(1)))
         if solution.shift is None:
             return
         if layer.bias is not None:
@@ -210,10 +211,13 @@ def refit(
         layer: Any = model.get_submodule(name)
         if not refittable(layer):
             continue
-        outputs = plan.kept(name, "weight", 0, _any(dense, name).weight.shape[0])
+        original = dense.get_submodule(name)
+        outputs = plan.kept(name, "weight", weight_dims(original)[0], widths_of(original)[1])
         moments = paired_moments(model, dense, name, data, outputs=outputs, batch_size=batch_size, seed=seed)
         norm = norms.get(name)
-        solution = solve(moments, layer.weight, constant=layer.bias is not None or norm is not None, ridge=ridge)
+        solution = solve(
+            moments, weight_matrix(layer), constant=layer.bias is not None or norm is not None, ridge=ridge
+        )
         install(model, name, solution, norm, None if norm is None else _any(dense, norm).running_mean[outputs])
         done.append(name)
     return done

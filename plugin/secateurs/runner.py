@@ -107,6 +107,7 @@ def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent]
         evaluate=_evaluator(metric, roles.validation),
         recovery=recipe.recovery,
         describe_blocks=lambda network: manager.hook.secateurs_describe_blocks(model=network),
+        describe_attention=lambda module: manager.hook.secateurs_describe_attention(module=module),
         progress=progress or (lambda _: None),
         seed=recipe.seed,
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateurs.data import Dataset
 from secateurs.forward import call, frozen_randomness, logits
-from secateurs.readers import channel_dim
+from secateurs.layers import channel_dim, widths_of
 
 __all__ = ["output_sensitivity"]
 
@@ -61,5 +61,5 @@ def output_sensitivity(
                 dim = channel_dim(layers[name], gradient)
                 per_channel = gradient.double().square().movedim(dim, 0).flatten(1).sum(1)
                 sums[name] = sums.get(name, 0) + per_channel
-    ones = {name: torch.ones(layers[name].weight.shape[0], dtype=torch.float64) for name in names}
+    ones = {name: torch.ones(widths_of(layers[name])[1], dtype=torch.float64) for name in names}
     return {name: sums.get(name, ones[name]) / len(data) for name in names}

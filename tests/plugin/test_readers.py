@@ -21,7 +21,8 @@ from networks import (
 from torch import nn
 from torch.nn import functional as F
 
-from secateurs.readers import channel_dim, masked, observe_readers
+from secateurs.layers import channel_dim
+from secateurs.readers import masked, observe_readers
 
 
 def span(start, stop):

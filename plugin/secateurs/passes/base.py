@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from secateurs.attention import DescribeAttention
 from secateurs.blocks import Describe
 from secateurs.data import Dataset
 from secateurs.errors import DataError, RecipeError, unknown_name
@@ -41,6 +42,7 @@ class Context:
         evaluate: the metric of a network on validation data, higher is better; None without labels.
         cost_models: the registered cost models, by name.
         describe_blocks: the hook `secateurs_describe_blocks`.
+        describe_attention: the hook `secateurs_describe_attention`.
         progress: called with every step of a long task.
         seed: of everything random.
     """
@@ -53,6 +55,7 @@ class Context:
     evaluate: Callable[[nn.Module], float] | None = None
     cost_models: Callable[[str], CostModel] = _no_cost_model
     describe_blocks: Describe | None = None
+    describe_attention: DescribeAttention | None = None
     progress: Callable[[ProgressEvent], None] = field(default=lambda _: None)
     seed: int = 0
 

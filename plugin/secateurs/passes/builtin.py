@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from secateurs.attention import AttentionHeads
     from secateurs.interfaces import CostModel
     from secateurs.passes.base import Pass
     from secateurs.registry import Registrar
@@ -35,6 +38,14 @@ def secateurs_register_passes(register: Registrar[type[Pass]]) -> None:
         summary="remove the units of smallest weight norm (Torch-Pruning's group magnitude), the usual baseline",
         settings="secateurs.settings:MagnitudeSettings",
     )
+
+
+@hookimpl
+def secateurs_describe_attention(module: nn.Module) -> AttentionHeads | None:
+    """Describe attention modules by the usual names of their children."""
+    from secateurs.attention import describe
+
+    return describe(module)
 
 
 @hookimpl

@@ -28,6 +28,7 @@ from secateurs.information import (
     ridged,
 )
 from secateurs.interfaces import ProgressEvent
+from secateurs.layers import weight_dims, weight_matrix
 from secateurs.passes.base import Context
 from secateurs.passes.width import NodePass, Survey
 from secateurs.sensitivity import output_sensitivity
@@ -65,7 +66,7 @@ def removal_order(
         if member.module not in survey.moments:
             continue
         layer: Any = survey.model.get_submodule(member.module)
-        weight = layer.weight.detach().flatten(1).double()
+        weight = weight_matrix(layer).double()
         covariance = ridged(survey.moments[member.module].covariance, ridge)
         variance = ((weight @ covariance) * weight).sum(1)
         weights = None if sensitivity is None else sensitivity[member.module].double()
@@ -86,7 +87,8 @@ def _magnitude_order(model: nn.Module, group: Group) -> Order:
         weight = layer.weight.detach().double()
         if weight.ndim < 2:
             continue
-        dim = 1 if member.kind == "in" else 0
+        out_dim, in_dim = weight_dims(layer)
+        dim = in_dim if member.kind == "in" else out_dim
         per_channel = weight.movedim(dim, 0).flatten(1).square().sum(1)
         norm += per_channel[torch.as_tensor(member.index)].sum(1)
     order = norm.argsort()[:-1]

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.allocation import Option, WidthCost, allocate, allocate_uniform
+from secateurs.attention import DescribeAttention, attention_groups
 from secateurs.data import Dataset
 from secateurs.errors import RecipeError
 from secateurs.forward import kl_divergence, predict
 from secateurs.groups import Group, Limits, find_groups, plan_removal
 from secateurs.information import Order
 from secateurs.interfaces import ProgressEvent
+from secateurs.layers import as_weight, weight_dims, weight_matrix
 from secateurs.moments import Moments, PairedMoments, Positions, output_positions, patches, unit_columns
 from secateurs.passes.base import Context, Pass, Proposal
 from secateurs.plan import Plan
@@ -63,10 +65,25 @@ class Survey:
         return self.model.get_submodule(name).bias is not None or name in self.norms
 
 
-def checked_groups(model: nn.Module, example: Dataset, settings: NodeSettings) -> tuple[list[Group], list[Skipped]]:
-    """Return the groups whose readers, observed on the running network, are those of the dependency graph, and what was skipped."""
-    limits = Limits(settings.time_limit, settings.max_group_items)
-    groups, skipped = find_groups(model, example, limits)
+def checked_groups(
+    model: nn.Module, example: Dataset, settings: NodeSettings, describing: DescribeAttention | None = None
+) -> tuple[list[Group], list[Skipped]]:
+    """Return the groups that may be pruned, and what was skipped.
+
+    Attention heads come from descriptions; the dependency graph's own groups through the same projections, which would cut heads apart, are left
+    out. Of every group, the readers observed on the running network must be those that it tells.
+
+    Args:
+        model: the network; it is not changed.
+        example: inputs for the forward passes.
+        settings: which groups are wanted, and the limits of the search.
+        describing: the hook `secateurs_describe_attention`.
+    """
+    found, skipped = find_groups(model, example, Limits(settings.time_limit, settings.max_group_items))
+    heads, refused = attention_groups(model, describing) if describing is not None else ([], [])
+    projections = {member.module for group in heads for member in group.of("out")}
+    groups = [group for group in found if not projections & {member.module for member in group.of("out")}] + heads
+    skipped = [item for item in skipped if item.where not in projections] + refused
     kept: list[Group] = []
     for group in groups:
         reason = _disagreement(model, example, group)
@@ -104,9 +121,11 @@ def _sizes(model: nn.Module, groups: Sequence[Group]) -> dict[tuple[str, str], i
     """Return the channels of every side of a layer that a group takes part in."""
     sizes: dict[tuple[str, str], int] = {}
     for member in (member for group in groups for member in group.members):
-        weight = getattr(model.get_submodule(member.module), "weight", None)
+        layer = model.get_submodule(member.module)
+        weight = getattr(layer, "weight", None)
         if weight is not None:
-            side, dim = ("in", 1) if member.kind == "in" else ("out", 0)
+            out_dim, in_dim = weight_dims(layer)
+            side, dim = ("in", in_dim) if member.kind == "in" else ("out", out_dim)
             sizes[member.module, side] = weight.shape[dim]
     return sizes
 
@@ -162,7 +181,7 @@ class NodePass(Pass):
         if self._done:
             return Proposal(Plan())
         self._done = True
-        groups, skipped = checked_groups(context.model, context.example, self.settings)
+        groups, skipped = checked_groups(context.model, context.example, self.settings, context.describe_attention)
         if not groups:
             return Proposal(Plan(), tuple(skipped))
         survey = Survey(context.model, groups, context.calibration, context.seed)
@@ -316,7 +335,7 @@ def _pruned_alone(survey: Survey, group: Group, units: Sequence[int], settings: 
 def _without(survey: Survey, name: str, index: np.ndarray, settings: NodeSettings) -> tuple[Tensor, Tensor | None]:
     """Return a reader's weight without some of its input channels, refitted, and the constant to add to its output."""
     layer: Any = survey.model.get_submodule(name)
-    flat = layer.weight.detach().flatten(1).double()
+    flat = weight_matrix(layer).double()
     removed = survey.columns(name, index).flatten()
     mask = torch.ones(flat.shape[1], dtype=torch.bool)
     mask[removed] = False
@@ -324,7 +343,7 @@ def _without(survey: Survey, name: str, index: np.ndarray, settings: NodeSetting
     weight = torch.zeros_like(flat)
     if settings.refit == "none" or name not in survey.moments:
         weight[:, kept] = flat[:, kept]
-        return weight.reshape(layer.weight.shape), None
+        return as_weight(layer, weight), None
     full = survey.moments[name]
     bias = torch.zeros(len(flat), dtype=torch.float64) if layer.bias is None else layer.bias.detach().double()
     mean_y = flat @ full.mean + bias
@@ -334,4 +353,4 @@ def _without(survey: Survey, name: str, index: np.ndarray, settings: NodeSetting
     solution = solve(paired, flat[:, kept], constant=survey.constant(name), ridge=settings.ridge)
     weight[:, kept] = solution.weight
     shift = None if solution.shift is None else solution.shift - bias
-    return weight.reshape(layer.weight.shape), shift
+    return as_weight(layer, weight), shift
