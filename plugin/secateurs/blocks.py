@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,11 +32,13 @@ class Block:
         path: qualified name of the module.
         removable: whether it can be bypassed.
         reason: why not; empty if it can.
+        elements: how many values it returns as a tuple; None where it returns a tensor.
     """
 
     path: str
     removable: bool
     reason: str = ""
+    elements: int | None = None
 
 
 Describe = Callable[[nn.Module], "list[Block] | None"]
@@ -47,6 +49,16 @@ class _Call:
     inputs: Tensor | None
     outputs: Tensor | None
     count: int
+    elements: int | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def again(self, block: nn.Module, first: Tensor) -> Any:
+        """Call the block as it was called, with another first input."""
+        if self.args:
+            return block(first, *self.args[1:], **self.kwargs)
+        name = next(iter(self.kwargs))
+        return block(**{**self.kwargs, name: first})
 
 
 def find_blocks(model: nn.Module, example: Dataset, describe: Describe | None = None) -> list[Block]:
@@ -97,7 +109,8 @@ def _record_calls(model: nn.Module, example: Dataset, paths: Sequence[str]) -> d
 
             def hook(_: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
                 count = calls.pop(path).count + 1 if path in calls else 1
-                calls[path] = _Call(first_tensor((args, kwargs)), first_tensor(output), count)
+                elements = len(output) if isinstance(output, tuple) else None
+                calls[path] = _Call(first_tensor((args, kwargs)), first_tensor(output), count, elements, args, kwargs)
 
             stack.callback(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
         call(model, example)
@@ -119,10 +132,10 @@ def _has_residual_path(block: nn.Module, record: _Call) -> bool:
 
                 stack.callback(module.register_forward_hook(silence).remove)
         try:
-            plain = first_tensor(block(record.inputs))
-            moved = first_tensor(block(record.inputs + torch.rand_like(record.inputs)))
+            plain = first_tensor(record.again(block, record.inputs))
+            moved = first_tensor(record.again(block, record.inputs + torch.rand_like(record.inputs)))
         except (RuntimeError, TypeError, ValueError, AttributeError):
-            return False  # it needs more than its first input, or values that silencing took away
+            return False  # it needs values that silencing took away
     return plain is not None and moved is not None and not torch.equal(plain, moved)
 
 
@@ -141,7 +154,7 @@ def _judged(path: str, record: _Call, residual: bool) -> Block:
         return Block(
             path, False, "its input reaches its output only through layers with weights: a projection shortcut"
         )
-    return Block(path, True)
+    return Block(path, True, elements=record.elements)
 
 
 def _checked(model: nn.Module, example: Dataset, block: Block) -> Block:

@@ -44,10 +44,16 @@ class Slice(BaseModel):
 
 
 class DropBlock(_Edit):
-    """Bypass a block whole: it becomes the identity."""
+    """Bypass a block whole: it becomes the identity of its first input.
+
+    Attributes:
+        path: of the block.
+        elements: how many values the block returns as a tuple; None where it returns a tensor.
+    """
 
     edit: Literal["drop_block"] = "drop_block"
     path: str
+    elements: int | None = Field(None, ge=1)
 
 
 class RemoveUnits(_Edit):

@@ -161,7 +161,7 @@ def masked(model: nn.Module, masks: Mapping[str, tuple[int, ...]], bypassed: tup
     Args:
         model: the original.
         masks: reader to the channels of its input that are set to zero.
-        bypassed: blocks that return their first input unchanged.
+        bypassed: blocks that return their first input unchanged, in the form of their first output; other values become None.
     """
     with ExitStack() as stack:
         for name, units in masks.items():
@@ -172,8 +172,9 @@ def masked(model: nn.Module, masks: Mapping[str, tuple[int, ...]], bypassed: tup
             stack.callback(model.get_submodule(name).register_forward_pre_hook(pre_hook, with_kwargs=True).remove)
         for path in bypassed:
 
-            def bypass(_: nn.Module, args: Any, kwargs: Any, __: Any) -> Any:
-                return args[0] if args else next(iter(kwargs.values()))
+            def bypass(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+                first = args[0] if args else next(iter(kwargs.values()))
+                return (first, *[None] * (len(output) - 1)) if isinstance(output, tuple) else first
 
             stack.callback(model.get_submodule(path).register_forward_hook(bypass, with_kwargs=True).remove)
         yield

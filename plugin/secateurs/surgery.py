@@ -16,7 +16,28 @@ from torch import Tensor, nn
 from secateurs.errors import PlanError
 from secateurs.plan import AddBias, DropBlock, Edit, Plan, RemoveUnits, SetAttribute, Slice
 
-__all__ = ["applied", "apply_plan", "keep_indices"]
+__all__ = ["Bypass", "applied", "apply_plan", "keep_indices"]
+
+
+class Bypass(nn.Module):
+    """Stands where a block was: returns its first input, in the form in which the block returned its first output.
+
+    Args:
+        elements: length of the tuple that the block returned, whose other values become None; None for a tensor.
+    """
+
+    def __init__(self, elements: int | None = None) -> None:
+        super().__init__()
+        self.elements = elements
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the first input; everything else is ignored."""
+        first = args[0] if args else next(iter(kwargs.values()))
+        return first if self.elements is None else (first, *[None] * (self.elements - 1))
+
+    def extra_repr(self) -> str:
+        """Return what `print` shows."""
+        return "" if self.elements is None else f"elements={self.elements}"
 
 
 def applied(model: nn.Module, plan: Plan) -> nn.Module:
@@ -41,7 +62,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
 def _apply(model: nn.Module, edit: Edit) -> None:
     match edit:
         case DropBlock():
-            _drop_block(model, edit.path)
+            _drop_block(model, edit.path, edit.elements)
         case RemoveUnits():
             _remove_units(model, edit)
         case SetAttribute():
@@ -57,12 +78,12 @@ def _module(model: nn.Module, path: str) -> nn.Module:
         raise PlanError(f"there is no module {path!r}; build the network that the plan was made for.") from None
 
 
-def _drop_block(model: nn.Module, path: str) -> None:
+def _drop_block(model: nn.Module, path: str, elements: int | None) -> None:
     _module(model, path)
     if not path:
         raise PlanError("the network itself cannot be bypassed; name a block.")
     parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, nn.Identity())
+    setattr(model.get_submodule(parent), name, Bypass(elements))
 
 
 def _set_attribute(model: nn.Module, edit: SetAttribute) -> None:

@@ -209,9 +209,10 @@ def test_ctrl_c_leaves_no_file_under_a_final_name(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "secateurs", "run", RECIPE, "--output", str(out)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not out.exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 240
+    while not out.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert out.exists()
     time.sleep(1.0)
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]

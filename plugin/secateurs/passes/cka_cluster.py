@@ -28,6 +28,7 @@ from secateurs.report import Skipped
 from secateurs.segmentation import anchored_clusters, removed_members
 from secateurs.settings import CkaClusterSettings
 from secateurs.similarity import CkaAccumulator, Estimator
+from secateurs.surgery import Bypass
 
 __all__ = ["CkaCluster", "cka_matrix", "plan_clusters"]
 
@@ -81,7 +82,11 @@ def plan_clusters(
     if max_blocks is not None:
         chosen = sorted(chosen, reverse=True)[:max_blocks]
     edits = tuple(
-        DropBlock(path=blocks[index].path, reason=f"CKA {value:.4f} with {blocks[anchors[index]].path}")
+        DropBlock(
+            path=blocks[index].path,
+            elements=blocks[index].elements,
+            reason=f"CKA {value:.4f} with {blocks[anchors[index]].path}",
+        )
         for value, index in sorted(chosen, key=lambda item: -item[1])
     )
     return Plan(edits=edits), skipped
@@ -157,7 +162,7 @@ class CkaCluster(Pass):
             blocks = [
                 block
                 for block in find_blocks(context.model, context.example, context.describe_blocks)
-                if not isinstance(context.model.get_submodule(block.path), nn.Identity)
+                if not isinstance(context.model.get_submodule(block.path), (nn.Identity, Bypass))
             ]
             names = [block.path for block in blocks]
             similarity = torch.zeros(0, 0)

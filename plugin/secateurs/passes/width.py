@@ -70,8 +70,8 @@ def checked_groups(
 ) -> tuple[list[Group], list[Skipped]]:
     """Return the groups that may be pruned, and what was skipped.
 
-    Attention heads come from descriptions; the dependency graph's own groups through the same projections, which would cut heads apart, are left
-    out. Of every group, the readers observed on the running network must be those that it tells.
+    Attention heads come from descriptions; the dependency graph's own groups through the same projections, which would cut heads apart, are
+    left out. Of every group, the readers observed on the running network must be those that it tells.
 
     Args:
         model: the network; it is not changed.
