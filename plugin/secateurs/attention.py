@@ -7,6 +7,7 @@ readers are observed and edits certified as for every other group, so that a wro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from secateurs.groups import Group, Index, Member, WidthAttribute
+from secateurs.groups import Group, Index, Member, Slot, WidthAttribute
 from secateurs.layers import is_matrix_layer, widths_of
 from secateurs.report import Skipped
 
@@ -35,6 +36,8 @@ class AttentionHeads:
         heads: query heads.
         kv_heads: key and value heads; each serves `heads / kv_heads` query heads in a row.
         attributes: attributes (dotted, relative to the module) to how much each removed unit takes from them.
+        tables: parameters (dotted, relative to the module) with the dimension that has one entry per key-value head.
+        coupled: whether the modules whose paths differ only by numbers share something per head, so that their heads go together.
         layout: of a fused projection: `stacked` (3, heads, dim) or `interleaved` (heads, 3, dim).
     """
 
@@ -46,6 +49,8 @@ class AttentionHeads:
     kv_heads: int
     attributes: tuple[tuple[str, int], ...] = ()
     layout: Layout = "stacked"
+    tables: tuple[tuple[str, int], ...] = ()
+    coupled: bool = False
 
 
 DescribeAttention = Callable[[nn.Module], "AttentionHeads | None"]
@@ -66,6 +71,7 @@ _FUSED: tuple[tuple[str, tuple[str, ...], Layout], ...] = (
     ("Wqkv", ("out_proj", "Wo"), "stacked"),
     ("query_key_value", ("dense",), "interleaved"),
 )
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _WIDTHS = ("all_head_size", "inner_dim", "split_size", "attn_dim", "embed_dim", "dim", "hidden_size")
@@ -120,7 +126,20 @@ def _described(
             (_WIDTHS, width, width // kv_heads),
         ):
             found += [(f"{place}.{name}".lstrip("."), amount) for name in names if getattr(holder, name, None) == value]
-    return AttentionHeads(*projections, output, heads, kv_heads, tuple(dict.fromkeys(found)), layout)
+    tables, coupled = _tables(owner, prefix, heads)
+    return AttentionHeads(*projections, output, heads, kv_heads, tuple(dict.fromkeys(found)), layout, tables, coupled)
+
+
+def _tables(owner: Any, prefix: str, heads: int) -> tuple[tuple[tuple[str, int], ...], bool]:
+    """Find position biases per head: a table in the module itself (Swin), or an embedding that the whole stack shares (T5)."""
+    found = []
+    for name in ("relative_position_bias_table", "relative_attention_bias.weight"):
+        holder, _, parameter = name.rpartition(".")
+        module = getattr(owner, holder, None) if holder else owner
+        tensor = getattr(module, parameter, None)
+        if isinstance(tensor, nn.Parameter) and tensor.ndim == 2 and tensor.shape[1] == heads:
+            found.append((f"{prefix}.{name}".lstrip("."), 1))
+    return tuple(found), hasattr(owner, "has_relative_attention_bias")
 
 
 def _integer(holder: object, names: tuple[str, ...]) -> int:
@@ -134,7 +153,7 @@ def attention_groups(model: nn.Module, describing: DescribeAttention) -> tuple[l
         model: the network; it is not changed.
         describing: the hook `secateurs_describe_attention`.
     """
-    groups: list[Group] = []
+    coupled: dict[str, list[Group]] = {}
     skipped: list[Skipped] = []
     taken: set[str] = set()
     for path, module in model.named_modules():
@@ -146,18 +165,31 @@ def attention_groups(model: nn.Module, describing: DescribeAttention) -> tuple[l
         taken.add(path)
         reason = _refusal(module, description)
         root = f"{path}.{description.queries}".lstrip(".")
-        if reason is None:
-            groups.append(
-                Group(
-                    root,
-                    description.kv_heads,
-                    tuple(_members(path, module, description)),
-                    _attributes(path, description),
-                )
-            )
-        else:
+        if reason is not None:
             skipped.append(Skipped(where=path, reason=f"its heads cannot be removed: {reason}"))
+            continue
+        group = Group(
+            root,
+            description.kv_heads,
+            tuple(_members(path, module, description)),
+            _attributes(path, description),
+            _slots(path, description),
+        )
+        coupled.setdefault(_NUMBER.sub("*", path) if description.coupled else path, []).append(group)
+    groups = [_joined(together) for together in coupled.values()]
     return groups, skipped
+
+
+def _joined(groups: list[Group]) -> Group:
+    """Return groups whose heads go together as one."""
+    members = sorted((member for group in groups for member in group.members), key=lambda member: member.kind != "out")
+    return Group(
+        groups[0].root,
+        groups[0].units,
+        tuple(members),
+        tuple(attribute for group in groups for attribute in group.attributes),
+        tuple(slot for group in groups for slot in group.slots),
+    )
 
 
 def _refusal(module: nn.Module, heads: AttentionHeads) -> str | None:
@@ -201,6 +233,14 @@ def _fused_index(width: int, units: int, layout: Layout) -> Index:
     if layout == "interleaved":
         return index.reshape(units, -1)
     return index.reshape(3, units, -1).transpose(1, 0, 2).reshape(units, -1)
+
+
+def _slots(path: str, heads: AttentionHeads) -> tuple[Slot, ...]:
+    found = []
+    for dotted, dim in heads.tables:
+        owner, _, name = f"{path}.{dotted}".lstrip(".").rpartition(".")
+        found.append(Slot(owner, name, dim))
+    return tuple(found)
 
 
 def _attributes(path: str, heads: AttentionHeads) -> tuple[WidthAttribute, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,14 @@ from secateurs.readers import masked, observe_readers
 from secateurs.report import Certificate, Skipped
 from secateurs.surgery import applied
 
-__all__ = ["Certified", "certify", "keep_certified", "masks_of"]
+__all__ = ["Certified", "certify", "certify_network", "keep_certified", "masks_of"]
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest difference, as a share of the output scale, by the dtype of the output."""
 BATCH_SIZES = (2, 5)
-_DOES_NOT_RUN = (RuntimeError, ValueError, IndexError, TypeError)
+SHORTEST_SEQUENCE = 4
+"""Sequences of at least this length are compared at half of it too."""
+_DOES_NOT_RUN = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -92,23 +94,53 @@ def certify(original: nn.Module, plan: Plan, data: Dataset, *, batch_sizes: Sequ
     Raises:
         CertificateError: it cannot be measured: the outputs are constant or not finite, or the plan does not run.
     """
-    bypassed = tuple(edit.path for edit in plan.of(DropBlock))
     try:
         pruned = applied(original, plan)
-        masks = masks_of(original, plan, data.take(range(min(len(data), max(batch_sizes)))))
     except PlanError as error:
         raise CertificateError(str(error)) from error
+    except _DOES_NOT_RUN as error:
+        raise CertificateError(f"the plan cannot be applied: {str(error).splitlines()[0]}") from error
+    return certify_network(original, pruned, plan, data, batch_sizes=batch_sizes)
+
+
+def certify_network(
+    original: nn.Module, pruned: nn.Module, plan: Plan, data: Dataset, *, batch_sizes: Sequence[int] = BATCH_SIZES
+) -> Certificate:
+    """Measure the difference between a pruned network, however it was made, and the original masked as `plan` says.
+
+    Inputs that are sequences of integers are compared on their first half too, where the original runs on it: what was cut right for one
+    length only shows there.
+
+    Args:
+        original: the network before the plan; it is not changed.
+        pruned: the network to judge; it is not changed.
+        plan: the edits that `pruned` claims to be; only the masks are made from it.
+        data: realistic inputs, at least `max(batch_sizes)` examples.
+        batch_sizes: the sizes of the batches to compare on.
+
+    Returns:
+        The largest difference over all outputs, batches and lengths, the output scale and the tolerance; ask it whether it `holds`.
+
+    Raises:
+        CertificateError: it cannot be measured: the outputs are constant or not finite, or one of the two does not run.
+    """
+    bypassed = tuple(edit.path for edit in plan.of(DropBlock))
+    try:
+        masks = masks_of(original, plan, data.take(range(min(len(data), max(batch_sizes)))))
     except _DOES_NOT_RUN as error:
         raise CertificateError(f"the masked original does not run: {str(error).splitlines()[0]}") from error
     largest, scale, tolerance = 0.0, 0.0, TOLERANCE[torch.float64]
     sizes = sorted({min(size, len(data)) for size in batch_sizes})
-    start = 0
-    for size in sizes:
-        batch = data.take([(start + step) % len(data) for step in range(size)])
-        start += size
+    for batch, shorter in _batches(data, sizes):
         with inference(original, pruned):
-            with masked(original, masks, bypassed):
-                expected = _run(original, batch, "masked original")
+            try:
+                with masked(original, masks, bypassed):
+                    expected = _run(original, batch, "masked original")
+                _refuse_constant(expected)
+            except CertificateError:
+                if shorter:
+                    continue
+                raise
             got = _run(pruned, batch, "pruned network")
         for a, b in zip(expected, got, strict=True):
             if a.shape != b.shape:
@@ -119,8 +151,29 @@ def certify(original: nn.Module, plan: Plan, data: Dataset, *, batch_sizes: Sequ
             largest = max(largest, float(difference.nan_to_num(nan=float("inf"))))
             scale = max(scale, float(a.abs().max()))
             tolerance = max(tolerance, TOLERANCE.get(a.dtype, TOLERANCE[torch.float32]))
-        _refuse_constant(expected)
     return Certificate(max_abs=largest, scale=scale, tolerance=tolerance, batch_sizes=sizes)
+
+
+def _batches(data: Dataset, sizes: Sequence[int]) -> Iterator[tuple[Dataset, bool]]:
+    """Yield batches of other examples each, every one followed by its first half where it has one, and whether it is that."""
+    start = 0
+    for size in sizes:
+        batch = data.take([(start + step) % len(data) for step in range(size)])
+        start += size
+        yield batch, False
+        half = _first_half(batch)
+        if half is not None:
+            yield half, True
+
+
+def _first_half(batch: Dataset) -> Dataset | None:
+    """Return a batch with each sequence of integers cut to half of its own length; None where there is none to cut."""
+    cut = {
+        name: array[:, : array.shape[1] // 2]
+        for name, array in batch.inputs.items()
+        if array.ndim >= 2 and array.dtype.kind in "iub" and array.shape[1] >= SHORTEST_SEQUENCE
+    }
+    return replace(batch, inputs={**batch.inputs, **cut}) if cut else None
 
 
 def _run(model: nn.Module, batch: Dataset, what: str) -> list[Tensor]:

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from secateurs import hookimpl
-from secateurs.errors import SecateursError, UserError
+from secateurs.errors import PluginError, SecateursError, UserError
 from secateurs.manager import Manager, PluginWarning, create_manager
 from secateurs.tables import figure_rows
 
@@ -255,17 +255,21 @@ def _passes(
 ) -> int:
     """List every pass, its plugin, and its settings with defaults."""
     manager: Manager = ctx.obj
+    listed = []
+    for entry in manager.registries.passes:
+        try:
+            listed.append(_describe(entry))
+        except PluginError as error:
+            _err.print(f"[yellow]warning:[/] {escape(str(error))}", soft_wrap=True)
     if as_json:
-        listed = [_describe(entry) for entry in manager.registries.passes]
         sys.stdout.write(json.dumps(listed, indent=2) + "\n")
         return 0
     table = Table(title="passes", show_lines=True)
     for heading in ("pass", "plugin", "what it does", "settings (defaults)"):
         table.add_column(heading)
-    for entry in manager.registries.passes:
-        settings = _describe(entry)["settings"]
-        shown = ", ".join(f"{name}={_short(item['default'])}" for name, item in settings.items())
-        table.add_row(entry.name, entry.plugin, escape(entry.summary), escape(shown))
+    for item in listed:
+        shown = ", ".join(f"{name}={_short(setting['default'])}" for name, setting in item["settings"].items())
+        table.add_row(item["name"], item["plugin"], escape(item["summary"]), escape(shown))
     _out.print(table)
     return 0
 

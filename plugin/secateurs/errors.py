@@ -16,6 +16,7 @@ __all__ = [
     "ExportError",
     "GroupError",
     "ModelError",
+    "NameTakenError",
     "PlanError",
     "PluginError",
     "ProviderError",
@@ -63,7 +64,11 @@ class PlanError(UserError):
 
 
 class PluginError(UserError):
-    """A plugin breaks the rules: two owners of one name, or a hook that does not exist."""
+    """A plugin breaks the rules, for example with a hook that does not exist."""
+
+
+class NameTakenError(PluginError):
+    """Two plugins register one name."""
 
 
 class ExportError(SecateursError):

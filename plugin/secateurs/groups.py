@@ -91,6 +91,15 @@ class WidthAttribute:
 
 
 @dataclass(frozen=True)
+class Slot:
+    """A dimension of a parameter beside the layers that has one entry per unit, for example a table of position biases per head."""
+
+    module: str
+    parameter: str
+    dim: int
+
+
+@dataclass(frozen=True)
 class Group:
     """Units that can only be removed together, over all layers that they touch.
 
@@ -99,12 +108,14 @@ class Group:
         units: how many there are.
         members: every layer that shrinks, producers first.
         attributes: attributes beyond the layers' own widths, for example a number of heads.
+        slots: parameters beyond the layers' own weights.
     """
 
     root: str
     units: int
     members: tuple[Member, ...]
     attributes: tuple[WidthAttribute, ...] = ()
+    slots: tuple[Slot, ...] = ()
 
     def of(self, kind: Kind) -> tuple[Member, ...]:
         """Return the members of one kind."""
@@ -262,6 +273,7 @@ def _describe(items: Any, graph: Any, names: dict[nn.Module, str]) -> Group:
         if kind is None:
             continue
         index = _per_unit(item, units, names[module])
+        _check_range(module, kind, index, names[module])
         earlier = merged.setdefault((names[module], kind), index)
         if earlier.shape != index.shape or (earlier != index).any():
             raise _Refused(f"{names[module]!r} would be cut in two different ways")
@@ -290,6 +302,16 @@ def _kind(module: nn.Module, name: str, produces: bool) -> Kind | None:
     if next(module.parameters(), None) is None and next(module.buffers(), None) is None:
         return None
     raise _Refused(f"{name!r} is a {type(module).__name__}, whose units cannot be removed yet")
+
+
+def _check_range(module: nn.Module, kind: Kind, index: Index, name: str) -> None:
+    for parameter, dim in slice_dimensions(module, kind):
+        tensor = getattr(module, parameter, None)
+        if tensor is not None and tensor.ndim > dim and int(index.max()) >= tensor.shape[dim]:
+            raise _Refused(
+                f"the dependency graph names channel {int(index.max())} of {name!r}, which has {tensor.shape[dim]}; a split, "
+                f"concatenation or reshape is not followed rightly"
+            )
 
 
 def _per_unit(item: Any, units: int, name: str) -> Index:
@@ -406,6 +428,9 @@ def plan_removal(
             attributes.append(
                 SetAttribute(module=member.module, name=name, value=value, reason=f"{len(gone)} units of {group.root}")
             )
+    for slot in group.slots:
+        gone_units = tuple(int(unit) for unit in chosen)
+        pieces.append(Slice(module=slot.module, parameter=slot.parameter, dim=slot.dim, removed=gone_units))
     for attribute in group.attributes:
         value = int(getattr(model.get_submodule(attribute.module), attribute.name)) - attribute.per_unit * len(chosen)
         why = f"{len(chosen)} units of {group.root}"

@@ -62,10 +62,17 @@ def is_matrix_layer(layer: nn.Module) -> bool:
 
 
 def mixes(layer: nn.Module) -> bool:
-    """Tell whether a layer combines channels: it has a weight of two dimensions or more and is not depthwise."""
+    """Tell whether a layer combines channels: it has a weight of two dimensions or more and is not depthwise.
+
+    A module with such a tensor of its own around layers with weights (a table of position biases beside projections) is not one layer.
+    """
     own = [parameter for parameter in layer.parameters(recurse=False) if parameter.ndim >= 2]
     groups = getattr(layer, "groups", 1)
-    return bool(own) and not (groups > 1 and groups == getattr(layer, "in_channels", 0))
+    if not own or (groups > 1 and groups == getattr(layer, "in_channels", 0)):
+        return False
+    # Torch's MultiheadAttention computes with its child's weight and never calls it.
+    inside = any(next(child.parameters(), None) is not None for child in layer.children())
+    return not inside or isinstance(layer, nn.MultiheadAttention)
 
 
 def channel_dim(layer: nn.Module, value: Tensor) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from secateurs import hookspecs
-from secateurs.errors import PluginError
+from secateurs.errors import NameTakenError, PluginError
 from secateurs.passes import builtin
 from secateurs.registry import Registrar, Registry
 
@@ -72,11 +72,20 @@ class Manager(pluggy.PluginManager):
             if self.has_plugin(name):
                 self.unregister(name=name)
             raise PluginError(f"plugin {name!r}: {error}. See `secateurs.hookspecs` for the hooks.") from error
-        for kind in vars(self.registries):
-            caller = getattr(self.hook, f"secateurs_register_{kind}")
-            for implementation in caller.get_hookimpls():
+        try:
+            self._fill_registries(name)
+        except BaseException:
+            # A plugin that breaks off leaves nothing behind.
+            self.unregister(name=name)
+            for registry in vars(self.registries).values():
+                registry.forget(name)
+            raise
+
+    def _fill_registries(self, name: str) -> None:
+        for kind, registry in vars(self.registries).items():
+            for implementation in getattr(self.hook, f"secateurs_register_{kind}").get_hookimpls():
                 if implementation.plugin_name == name:
-                    implementation.function(Registrar(getattr(self.registries, kind), name))
+                    implementation.function(Registrar(registry, name))
 
 
 def create_manager(disabled: Iterable[str] = (), *, external: bool = True) -> Manager:
@@ -115,12 +124,11 @@ def create_manager(disabled: Iterable[str] = (), *, external: bool = True) -> Ma
 def _adopt_or_warn(manager: Manager, entry: importlib.metadata.EntryPoint, plugin: object) -> None:
     try:
         manager.adopt(plugin, entry.name)
+    except NameTakenError:
+        raise
     except PluginError as error:
-        if "two plugins register" in str(error):
-            raise
         _warn(entry, str(error))
     except Exception as error:  # a registering hook of a stranger may raise anything
-        manager.unregister(name=entry.name)
         _warn(entry, f"failed while registering ({type(error).__name__}: {error})")
 
 

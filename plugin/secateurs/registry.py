@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
-from secateurs.errors import PluginError, RecipeError, unknown_name
+from secateurs.errors import NameTakenError, PluginError, RecipeError, unknown_name
 
 __all__ = ["Entry", "Registrar", "Registry"]
 
@@ -80,15 +80,19 @@ class Registry(Generic[T]):
         """Add a name.
 
         Raises:
-            PluginError: another plugin has the name already.
+            NameTakenError: another plugin has the name already.
         """
         if name in self._entries:
             first = self._entries[name]
-            raise PluginError(
+            raise NameTakenError(
                 f"two plugins register the {self.kind} {name!r}: {first.plugin!r} ({first.target!r}) and {plugin!r} ({target!r}). "
                 f"Disable one of them."
             )
         self._entries[name] = Entry(name, target, plugin, summary, settings)
+
+    def forget(self, plugin: str) -> None:
+        """Drop everything that one plugin registered."""
+        self._entries = {name: entry for name, entry in self._entries.items() if entry.plugin != plugin}
 
     def __getitem__(self, name: str) -> Entry[T]:
         try:

@@ -75,6 +75,12 @@ class NodeSettings(PassSettings):
         "downstream", description="refit every layer behind the first removal, or only the layers that lost inputs"
     )
     coupled: bool = Field(True, description="also prune units that are coupled through additions (residual streams)")
+    heads: bool = Field(True, description="also remove attention heads")
+    uniform: bool = Field(
+        False,
+        description="give every group of one kind (same layer name but for its number, same size) the same width, so that a config file "
+        "can describe the network",
+    )
     min_units: int = Field(1, ge=1, description="units that every group keeps at the least")
     round_to: int = Field(1, ge=1, description="keep a multiple of this many units in every group")
     grid: int = Field(8, ge=2, le=64, description="removal ratios that measured allocation tries per group")

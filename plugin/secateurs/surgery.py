@@ -22,6 +22,8 @@ __all__ = ["Bypass", "applied", "apply_plan", "keep_indices"]
 class Bypass(nn.Module):
     """Stands where a block was: returns its first input, in the form in which the block returned its first output.
 
+    It keeps the block's plain public attributes (strings, numbers), which the network around it may read.
+
     Args:
         elements: length of the tuple that the block returned, whose other values become None; None for a tensor.
     """
@@ -79,11 +81,16 @@ def _module(model: nn.Module, path: str) -> nn.Module:
 
 
 def _drop_block(model: nn.Module, path: str, elements: int | None) -> None:
-    _module(model, path)
+    block = _module(model, path)
     if not path:
         raise PlanError("the network itself cannot be bypassed; name a block.")
+    bypass = Bypass(elements)
+    for name, value in vars(block).items():
+        # A network may ask its blocks for plain facts, such as the kind of mask that they want.
+        if not name.startswith("_") and name != "training" and isinstance(value, (str, int, float, tuple)):
+            setattr(bypass, name, value)
     parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, Bypass(elements))
+    setattr(model.get_submodule(parent), name, bypass)
 
 
 def _set_attribute(model: nn.Module, edit: SetAttribute) -> None:

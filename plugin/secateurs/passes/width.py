@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +24,7 @@ from secateurs.forward import kl_divergence, predict
 from secateurs.groups import Group, Limits, find_groups, plan_removal
 from secateurs.information import Order
 from secateurs.interfaces import ProgressEvent
-from secateurs.layers import as_weight, weight_dims, weight_matrix
+from secateurs.layers import as_weight, is_matrix_layer, weight_dims, weight_matrix, widths_of
 from secateurs.moments import Moments, PairedMoments, Positions, output_positions, patches, unit_columns
 from secateurs.passes.base import Context, Pass, Proposal
 from secateurs.plan import Plan
@@ -71,7 +72,8 @@ def checked_groups(
     """Return the groups that may be pruned, and what was skipped.
 
     Attention heads come from descriptions; the dependency graph's own groups through the same projections, which would cut heads apart, are
-    left out. Of every group, the readers observed on the running network must be those that it tells.
+    left out. Of every group, the readers observed on the running network must be those that it tells. In uniform mode, the groups of one kind
+    stay or go together.
 
     Args:
         model: the network; it is not changed.
@@ -84,8 +86,12 @@ def checked_groups(
     projections = {member.module for group in heads for member in group.of("out")}
     groups = [group for group in found if not projections & {member.module for member in group.of("out")}] + heads
     skipped = [item for item in skipped if item.where not in projections] + refused
+    with_heads = {group.root for group in heads}
     kept: list[Group] = []
     for group in groups:
+        if group.root in with_heads and not settings.heads:
+            skipped.append(Skipped(where=group.root, reason="its units are attention heads, and `heads` is off"))
+            continue
         reason = _disagreement(model, example, group)
         if reason is None and not settings.coupled and len(group.of("out")) > 1:
             reason = "coupled with other layers through additions, and `coupled` is off"
@@ -95,7 +101,58 @@ def checked_groups(
             kept.append(group)
         else:
             skipped.append(Skipped(where=group.root, reason=reason))
-    return kept, skipped
+    return _whole_kinds(model, kept, skipped) if settings.uniform else (kept, skipped)
+
+
+def _kind(group: Group) -> tuple[str, int]:
+    """Return what groups that a config file gives one width have in common."""
+    return _unnumbered(group.root), group.units
+
+
+def _unnumbered(path: str) -> str:
+    """Return a path with `*` for each index into a list: `layer.0.fc1` becomes `layer.*.fc1`."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def _whole_kinds(
+    model: nn.Module, kept: Sequence[Group], skipped: Sequence[Skipped]
+) -> tuple[list[Group], list[Skipped]]:
+    """Leave out every group of which a like one was skipped, with the reason of that one.
+
+    What was skipped is a layer, or an attention module whose heads could not be described.
+    """
+
+    def width(path: str) -> int | None:
+        layer = model.get_submodule(path)
+        return widths_of(layer)[1] if is_matrix_layer(layer) else None
+
+    whole: list[Group] = []
+    found = list(skipped)
+    for group in kept:
+        like = (
+            item
+            for item in skipped
+            if f"{_unnumbered(group.root)}.".startswith(f"{_unnumbered(item.where)}.")
+            and width(item.where) in (width(group.root), None)
+        )
+        first = next(like, None)
+        if first is None:
+            whole.append(group)
+        else:
+            reason = f"`uniform` is on, and {first.where!r} of its kind is left alone: {first.reason}"
+            found.append(Skipped(where=group.root, reason=reason))
+    return whole, found
+
+
+def _merged(groups: Sequence[Group]) -> list[tuple[Group, list[Group]]]:
+    """Return one group for each kind, which stands for the cost of all of them, with the groups of that kind."""
+    kinds: dict[tuple[str, int], list[Group]] = {}
+    for group in groups:
+        kinds.setdefault(_kind(group), []).append(group)
+    return [
+        (replace(like[0], members=tuple(member for group in like for member in group.members)), like)
+        for like in kinds.values()
+    ]
 
 
 def _disagreement(model: nn.Module, example: Dataset, group: Group) -> str | None:
@@ -247,16 +304,21 @@ class NodePass(Pass):
             return best, {"allocation": "target_units"}
         kind, target = self._target()
         model_cost = context.cost_models(kind)
-        cost = WidthCost(
-            model_cost(context.model, context.example), survey.groups, _sizes(context.model, survey.groups)
-        )
+        kinds = _merged(survey.groups) if settings.uniform else [(group, [group]) for group in survey.groups]
+        costs, sizes = model_cost(context.model, context.example), _sizes(context.model, survey.groups)
         allowed = target * sum(model_cost(context.baseline, context.example).values())
         if settings.allocation == "uniform":
-            keep = allocate_uniform(cost, uniform, allowed)
+            keep = allocate_uniform(WidthCost(costs, survey.groups, sizes), uniform, allowed)
             return {root: Option(count, 0.0, first[root]) for root, count in keep.items()}, {"allocation": "uniform"}
         counts = {group.root: keep_counts(group.units, settings.grid, **widths) for group in survey.groups}
         table = self._measure(survey, orders, counts, context)
-        chosen = allocate(cost, table, allowed)
+        summed = {whole.root: _summed([table[group.root] for group in like]) for whole, like in kinds}
+        widths_of_kinds = allocate(WidthCost(costs, [whole for whole, _ in kinds], sizes), summed, allowed)
+        chosen = {
+            group.root: next(o for o in table[group.root] if o.keep == widths_of_kinds[whole.root].keep)
+            for whole, like in kinds
+            for group in like
+        }
         divergences = {
             root: [{"keep": o.keep, "criterion": o.criterion, "kl": round(o.divergence, 6)} for o in options]
             for root, options in table.items()
@@ -302,6 +364,14 @@ class NodePass(Pass):
                         )
                 table[group.root].append(min(options, key=lambda option: option.divergence))
         return table
+
+
+def _summed(tables: Sequence[Sequence[Option]]) -> list[Option]:
+    """Return the options of several groups of one size that all take the same width; divergences add up."""
+    return [
+        Option(same[0].keep, sum(option.divergence for option in same), same[0].criterion)
+        for same in zip(*tables, strict=True)
+    ]
 
 
 @contextmanager
