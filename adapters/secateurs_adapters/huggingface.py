@@ -154,12 +154,12 @@ def _fitted(model: Any, wanted: Shapes, lists: Mapping[str, list[int]]) -> Any:
         trials = []
         for change in _changes(model, config, wanted, obtained, lists):
             trial = copy.deepcopy(config)
-            for name, value in change.items():
-                setattr(trial, name, value)
             try:
+                for name, value in change.items():
+                    setattr(trial, name, value)
                 shapes = _shapes(type(model), trial)
-            except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError):
-                continue  # no network has such a configuration
+            except Exception:  # noqa: S112 - whatever transformers raises, no network has such a configuration
+                continue
             trials.append((_mismatches(wanted, shapes), trial, shapes))
         best = min(trials, key=lambda item: item[0], default=None)
         if best is None or best[0] >= left:
@@ -192,16 +192,16 @@ def _changes(
         for name in _COUNTS:
             if getattr(config, name, None) == before:
                 yield {name: len(kept), **cut}
-    sizes = {
-        new for name in wanted.keys() & obtained for new, old in zip(wanted[name], obtained[name]) if new != old
-    }  # fmt: skip
+    sizes: set[int] = set()
+    for name in wanted.keys() & obtained:
+        sizes |= {new for new, old in zip(wanted[name], obtained[name], strict=False) if new != old}
     hidden = getattr(config, "hidden_size", 0)
     for size in sorted(sizes):
         for name in _FEED_FORWARD:
             if hasattr(config, name):
                 yield {name: size}
         if hasattr(config, "mlp_ratio") and hidden:
-            yield {"mlp_ratio": size / hidden}
+            yield {"mlp_ratio": size / hidden if size % hidden else size // hidden}
     yield from _head_changes(model, config)
 
 
@@ -257,15 +257,20 @@ def _pattern(name: str) -> str:
 
 def _check_reload(model: Any, folder: Path, inputs: Mapping[str, Tensor], expected: list[Tensor]) -> None:
     """Reload the folder as its user will, and compare."""
-    reloaded = type(model).from_pretrained(
-        folder, dtype=model.dtype, attn_implementation=model.config._attn_implementation
-    )
+    remedy = "Keep plan.json with the weights and rebuild the network with `secateurs.load`."
+    try:
+        reloaded = type(model).from_pretrained(
+            folder, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
+    except Exception as error:  # whatever transformers raises here, its user would meet
+        raise ModelError(
+            f"the pruned {type(model).__name__} does not come back through `from_pretrained` ({str(error).splitlines()[0]}). {remedy}"
+        ) from error
     got = _outputs(reloaded.to(model.device), inputs)
     if len(expected) != len(got) or not all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)):
         raise ModelError(
             f"the pruned {type(model).__name__} computes something else after `from_pretrained`, although all shapes fit: its layers depend on "
-            f"their number, or on attributes that no configuration holds. Keep plan.json with the weights and rebuild the network with "
-            f"`secateurs.load`."
+            f"their number, or on attributes that no configuration holds. {remedy}"
         )
 
 

@@ -2,15 +2,17 @@
 
 A block is an element of a list of like modules (a child of `Sequential` or `ModuleList`, or one of several numbered attributes of one class)
 through which its input reaches its output without passing a layer that mixes channels: a residual path. The innermost such elements are the
-blocks; their siblings of the same class without such a path (stage entries) are blocks too, but not removable. Whether a block can go is
-decided by a real forward pass with the block bypassed.
+blocks; their siblings of the same class without such a path (stage entries) are blocks too, but not removable. In a network without any, the
+convolutions of its `Sequential` containers are the blocks, each with the normalisation behind it; those that keep the shape are removable (the
+activation stays: applied twice, it changes nothing more). Whether a block can go is decided by a real forward pass with the block bypassed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from secateurs.data import Dataset
 from secateurs.forward import call, frozen_randomness, inference, output_tensors
+from secateurs.layers import CONVOLUTIONS, NORMS, is_matrix_layer
 from secateurs.probe import first_tensor
 from secateurs.readers import masked
 
@@ -33,12 +36,14 @@ class Block:
         removable: whether it can be bypassed.
         reason: why not; empty if it can.
         elements: how many values it returns as a tuple; None where it returns a tensor.
+        also: further modules that are bypassed with it.
     """
 
     path: str
     removable: bool
     reason: str = ""
     elements: int | None = None
+    also: tuple[str, ...] = ()
 
 
 Describe = Callable[[nn.Module], "list[Block] | None"]
@@ -83,7 +88,29 @@ def find_blocks(model: nn.Module, example: Dataset, describe: Describe | None = 
         if path in innermost
         or (type(model.get_submodule(path)) in classes and not any(o.startswith(path + ".") for o in innermost))
     ]
+    if not chosen:
+        return [_checked(model, example, block) for block in _plain_blocks(model, example)]
     return [_checked(model, example, _judged(path, calls[path], path in innermost)) for path in chosen]
+
+
+def _plain_blocks(model: nn.Module, example: Dataset) -> list[Block]:
+    """Return the convolutions of plain stacks, each with the normalisation behind it, in order of execution."""
+    found: list[tuple[str, tuple[str, ...]]] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Sequential):
+            continue
+        children = [(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children()]
+        for (name, child), (after, follower) in pairwise([*children, ("", nn.Identity())]):
+            if isinstance(child, CONVOLUTIONS) and is_matrix_layer(child):
+                found.append((after, (name,)) if isinstance(follower, NORMS) else (name, ()))
+    calls = _record_calls(model, example, [name for last, first in found for name in (last, *first)])
+    blocks = []
+    for last, first in found:
+        if not all(name in calls for name in (last, *first)):
+            continue
+        whole = replace(calls[last], inputs=calls[first[0] if first else last].inputs)
+        blocks.append(replace(_judged(last, whole, True), also=first))
+    return blocks
 
 
 def _list_elements(model: nn.Module) -> list[str]:
@@ -162,7 +189,7 @@ def _checked(model: nn.Module, example: Dataset, block: Block) -> Block:
     if not block.removable:
         return block
     try:
-        with inference(model), masked(model, {}, (block.path,)):
+        with inference(model), masked(model, {}, (block.path, *block.also)):
             outputs = output_tensors(call(model, example))
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         return Block(block.path, False, f"the network does not run without it: {str(error).splitlines()[0]}")

@@ -56,7 +56,7 @@ def masks_of(original: nn.Module, plan: Plan, data: Dataset) -> dict[str, tuple[
         CertificateError: a removed unit reaches the network's output, or nothing reads it.
     """
     masks: dict[str, set[int]] = {}
-    bypassed = tuple(edit.path for edit in plan.of(DropBlock))
+    bypassed = tuple(path for edit in plan.of(DropBlock) for path in edit.paths)
     with masked(original, {}, bypassed):
         for edit in plan.of(RemoveUnits):
             reading = observe_readers(original, data, _produced(original, edit))
@@ -124,7 +124,7 @@ def certify_network(
     Raises:
         CertificateError: it cannot be measured: the outputs are constant or not finite, or one of the two does not run.
     """
-    bypassed = tuple(edit.path for edit in plan.of(DropBlock))
+    bypassed = tuple(path for edit in plan.of(DropBlock) for path in edit.paths)
     try:
         masks = masks_of(original, plan, data.take(range(min(len(data), max(batch_sizes)))))
     except _DOES_NOT_RUN as error:

@@ -49,11 +49,18 @@ class DropBlock(_Edit):
     Attributes:
         path: of the block.
         elements: how many values the block returns as a tuple; None where it returns a tensor.
+        also: further modules that are bypassed with it: a convolution in front of its normalisation.
     """
 
     edit: Literal["drop_block"] = "drop_block"
     path: str
     elements: int | None = Field(None, ge=1)
+    also: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every module that is bypassed."""
+        return (self.path, *self.also)
 
 
 class RemoveUnits(_Edit):

@@ -65,6 +65,8 @@ def _apply(model: nn.Module, edit: Edit) -> None:
     match edit:
         case DropBlock():
             _drop_block(model, edit.path, edit.elements)
+            for path in edit.also:
+                _drop_block(model, path, None)
         case RemoveUnits():
             _remove_units(model, edit)
         case SetAttribute():

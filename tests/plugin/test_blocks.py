@@ -7,6 +7,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from secateurs.blocks import Block, find_blocks
+from secateurs.certificate import certify
+from secateurs.data import Dataset
+from secateurs.plan import DropBlock, Plan
+from secateurs.surgery import applied
 
 
 class Step(nn.Module):
@@ -88,7 +92,14 @@ CASES = {
     ),
     "separable": (separable, images, {"1": (True, ""), "2": (True, "")}),
     "encoder": (encoder, sequences, {"layers.0": (True, ""), "layers.1": (True, "")}),
-    "no residual path": (plain, images, {}),
+    "no residual path": (
+        plain,
+        images,
+        {
+            "0": (False, "its input has shape (3, 8, 8), its output (6, 8, 8)"),
+            "2": (False, "its input has shape (6, 8, 8), its output (8, 4, 4)"),
+        },
+    ),
     "no blocks": (mlp, vectors, {}),
     "shared": (
         Shared,
@@ -166,3 +177,33 @@ def test_a_dropped_block_is_not_found_again():
     model = residual()
     model.layers[1] = nn.Identity()
     assert "layers.1" not in table(find_blocks(model, images(2)))
+
+
+def test_a_plain_stack_gives_up_convolutions_that_keep_the_shape():
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+    ]
+    model = nn.Sequential(
+        *layers, nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.Flatten(), nn.Linear(128, 5)
+    ).eval()
+    data = Dataset({"input": torch.randn(8, 3, 8, 8).numpy()})
+    blocks = find_blocks(model, data)
+    assert [(block.path, block.also, block.removable) for block in blocks] == [
+        ("1", ("0",), False),
+        ("4", ("3",), True),
+        ("6", (), True),
+        ("8", (), False),
+    ]
+    edit = DropBlock(path=blocks[1].path, also=blocks[1].also)
+    certificate = certify(model, Plan(edits=(edit,)), data)
+    assert certificate.max_abs == 0.0
+    expected = nn.Sequential(*layers[:3], *list(model)[5:])
+    with torch.no_grad():
+        x = torch.from_numpy(data.inputs["input"])
+        assert torch.equal(applied(model, Plan(edits=(edit,)))(x), expected(x))

@@ -85,6 +85,7 @@ def plan_clusters(
         DropBlock(
             path=blocks[index].path,
             elements=blocks[index].elements,
+            also=blocks[index].also,
             reason=f"CKA {value:.4f} with {blocks[anchors[index]].path}",
         )
         for value, index in sorted(chosen, key=lambda item: -item[1])
@@ -180,15 +181,19 @@ class CkaCluster(Pass):
     @staticmethod
     def _consumers(context: Context, plan: Plan) -> tuple[str, ...]:
         """Return every layer that runs after the first dropped block, outside the dropped blocks."""
-        dropped = [edit.path for edit in plan.of(DropBlock)]
+        dropped = [path for edit in plan.of(DropBlock) for path in edit.paths]
         order = [
             name
             for name in execution_order(context.model, context.example)
             if refittable(context.model.get_submodule(name))
         ]
-        inside = [index for index, name in enumerate(order) if any(name.startswith(path + ".") for path in dropped)]
+        inside = [
+            index
+            for index, name in enumerate(order)
+            if any(name == path or name.startswith(path + ".") for path in dropped)
+        ]
         after = order[min(inside) :] if inside else []
-        return tuple(name for name in after if not any(name.startswith(path + ".") for path in dropped))
+        return tuple(name for name in after if not any(name == path or name.startswith(path + ".") for path in dropped))
 
     def _details(self, blocks: list[Block], similarity: Tensor) -> dict[str, Any]:
         return {
