@@ -195,8 +195,6 @@ def _joined(groups: list[Group]) -> Group:
 def _refusal(module: nn.Module, heads: AttentionHeads) -> str | None:
     if heads.kv_heads < 2:
         return "there is only one"
-    if isinstance(module, nn.MultiheadAttention):
-        return "torch's MultiheadAttention needs its heads to fill the width of its input"
     widths = [widths_of(module.get_submodule(name))[1] for name in (heads.queries, heads.keys, heads.values)]
     if heads.queries == heads.keys and (heads.heads != heads.kv_heads or widths[0] % (3 * heads.heads)):
         return f"a fused projection of width {widths[0]} does not hold queries, keys and values of {heads.heads} heads"

@@ -150,7 +150,7 @@ def _run(
             report = runner.run(prepared, output, resume=resume, overwrite=overwrite)
     if dry_run:
         _print_plan(outcome, prepared, as_json)
-        return 0 if outcome.plan and not outcome.shortfalls else 1
+        return 0 if outcome.plan.removes and not outcome.shortfalls else 1
     if as_json:
         sys.stdout.write(report.to_json())
     else:
@@ -175,7 +175,7 @@ def _print_plan(outcome: Outcome, prepared: Any, as_json: bool) -> None:
         _out.print(f"{name}: {before:,} -> {after:,} ({after / max(before, 1):.3f})")
     for shortfall in outcome.shortfalls:
         _out.print(f"[yellow]{escape(shortfall)}[/]")
-    if not outcome.plan:
+    if not outcome.plan.removes:
         _out.print("[yellow]nothing could be pruned[/]")
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from secateurs.errors import PlanError
 from secateurs.report import write_text
 
-__all__ = ["AddBias", "DropBlock", "Edit", "Plan", "RemoveUnits", "SetAttribute", "Slice"]
+__all__ = ["AddBias", "DropBlock", "Edit", "Plan", "RemoveUnits", "SetAttribute", "Slice", "SplitAttention"]
 
 MAX_PLAN_BYTES = 256 * 1024 * 1024
 
@@ -88,7 +88,14 @@ class AddBias(_Edit):
     module: str
 
 
-Edit = Annotated[DropBlock | RemoveUnits | SetAttribute | AddBias, Field(discriminator="edit")]
+class SplitAttention(_Edit):
+    """Put `secateurs.modules.SeparateAttention` in the place of a `torch.nn.MultiheadAttention`: the same function, heads that can go."""
+
+    edit: Literal["split_attention"] = "split_attention"
+    module: str
+
+
+Edit = Annotated[DropBlock | RemoveUnits | SetAttribute | AddBias | SplitAttention, Field(discriminator="edit")]
 
 
 class Plan(BaseModel):
@@ -113,6 +120,11 @@ class Plan(BaseModel):
 
     def __add__(self, other: Plan) -> Plan:
         return Plan(edits=self.edits + other.edits)
+
+    @property
+    def removes(self) -> bool:
+        """Whether any edit takes something away."""
+        return any(isinstance(edit, (DropBlock, RemoveUnits)) for edit in self.edits)
 
     def of(self, *kinds: type[Any]) -> Iterator[Any]:
         """Yield the edits of the given kinds, in order."""

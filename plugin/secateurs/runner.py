@@ -181,7 +181,7 @@ def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bo
         session, prepared.passes, prepared.manager, start, after=lambda done: _save_state(output, recipe, done)
     )
     model = copy.deepcopy(outcome.model)
-    if recipe.recovery.epochs and outcome.plan:
+    if recipe.recovery.epochs and outcome.plan.removes:
         recover(session, model, recipe.recovery)
     report = _prove(prepared, outcome, model, output)
     report.notes += session.roles.notes
@@ -215,7 +215,7 @@ def _prove(prepared: Prepared, outcome: Outcome, model: nn.Module, output: Path)
         Structure(cost.total(cost.parameters(m)), cost.total(cost.macs(m, one))) for m in (session.baseline, model)
     )
     reasons = list(outcome.shortfalls)
-    if not outcome.plan:
+    if not outcome.plan.removes:
         reasons.append("nothing could be pruned; every reason is listed under `passes`")
     return prove(
         artifacts[0],

@@ -14,32 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.errors import PlanError
-from secateurs.plan import AddBias, DropBlock, Edit, Plan, RemoveUnits, SetAttribute, Slice
+from secateurs.modules import Bypass, SeparateAttention
+from secateurs.plan import AddBias, DropBlock, Edit, Plan, RemoveUnits, SetAttribute, Slice, SplitAttention
 
-__all__ = ["Bypass", "applied", "apply_plan", "keep_indices"]
-
-
-class Bypass(nn.Module):
-    """Stands where a block was: returns its first input, in the form in which the block returned its first output.
-
-    It keeps the block's plain public attributes (strings, numbers), which the network around it may read.
-
-    Args:
-        elements: length of the tuple that the block returned, whose other values become None; None for a tensor.
-    """
-
-    def __init__(self, elements: int | None = None) -> None:
-        super().__init__()
-        self.elements = elements
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the first input; everything else is ignored."""
-        first = args[0] if args else next(iter(kwargs.values()))
-        return first if self.elements is None else (first, *[None] * (self.elements - 1))
-
-    def extra_repr(self) -> str:
-        """Return what `print` shows."""
-        return "" if self.elements is None else f"elements={self.elements}"
+__all__ = ["Bypass", "applied", "apply_plan", "is_splittable", "keep_indices"]
 
 
 def applied(model: nn.Module, plan: Plan) -> nn.Module:
@@ -73,6 +51,8 @@ def _apply(model: nn.Module, edit: Edit) -> None:
             _set_attribute(model, edit)
         case AddBias():
             _add_bias(model, edit.module)
+        case SplitAttention():
+            _split_attention(model, edit.module)
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:
@@ -93,6 +73,25 @@ def _drop_block(model: nn.Module, path: str, elements: int | None) -> None:
             setattr(bypass, name, value)
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, bypass)
+
+
+def _split_attention(model: nn.Module, path: str) -> None:
+    original = _module(model, path)
+    if not path or not is_splittable(original):
+        raise PlanError(f"module {path!r} is no torch.nn.MultiheadAttention whose projections can be put apart.")
+    assert isinstance(original, nn.MultiheadAttention)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, SeparateAttention(original))
+
+
+def is_splittable(module: nn.Module) -> bool:
+    """Tell whether a module is a `torch.nn.MultiheadAttention` of two heads or more without extra keys and values."""
+    return (
+        isinstance(module, nn.MultiheadAttention)
+        and module.num_heads > 1
+        and module.bias_k is None
+        and not module.add_zero_attn
+    )
 
 
 def _set_attribute(model: nn.Module, edit: SetAttribute) -> None:

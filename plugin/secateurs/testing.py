@@ -168,7 +168,7 @@ class PassContract:
     def check_certificate(self) -> None:
         """The edits that were kept have a certificate that holds."""
         certificate = self.outcome.records[-1].certificate
-        if not self.outcome.plan:
+        if not self.outcome.plan.removes:
             assert certificate is None, f"{self._name} has a certificate for no edits."
             return
         assert certificate is not None, f"{self._name} edited the network, and nothing certifies it."

@@ -258,6 +258,19 @@ def grouped() -> nn.Module:
     )
 
 
+class TorchEncoder(nn.Module):
+    """Torch's own transformer encoder over patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 4, 4)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
 NETWORKS = {
     "resnet": resnet,
     "resnet-groupnorm": lambda: resnet(lambda width: nn.GroupNorm(4, width)),
@@ -270,6 +283,7 @@ NETWORKS = {
     "lstm": Recurrent,
     "vit-fused-qkv": VisionTransformer,
     "mlp-mixer": MixerNetwork,
+    "torch-encoder": TorchEncoder,
     "autoencoder": autoencoder,
     "weight-norm": weight_normed,
     "grouped": grouped,

@@ -27,13 +27,14 @@ from secateurs.interfaces import ProgressEvent
 from secateurs.layers import as_weight, is_matrix_layer, weight_dims, weight_matrix, widths_of
 from secateurs.moments import Moments, PairedMoments, Positions, output_positions, patches, unit_columns
 from secateurs.passes.base import Context, Pass, Proposal
-from secateurs.plan import Plan
+from secateurs.plan import Plan, SplitAttention
 from secateurs.probe import execution_order, sweep
 from secateurs.readers import observe_readers
 from secateurs.refit import ROWS, following_norms, refittable, solve
 from secateurs.report import Skipped
 from secateurs.selection import keep_counts, keep_for_ratio, removed_units
 from secateurs.settings import NodeSettings
+from secateurs.surgery import is_splittable
 
 __all__ = ["NodePass", "Survey", "checked_groups"]
 
@@ -187,6 +188,15 @@ def _sizes(model: nn.Module, groups: Sequence[Group]) -> dict[tuple[str, str], i
     return sizes
 
 
+def _fused_attention(model: nn.Module) -> list[str]:
+    """Return the attention modules of torch's own kind, each object once; one that is shared under two names is left as it is."""
+    names: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path and is_splittable(module):
+            names.setdefault(module, []).append(path)
+    return [paths[0] for paths in names.values() if len(paths) == 1]
+
+
 def _flat(index: np.ndarray) -> tuple[int, ...]:
     return tuple(int(value) for value in np.sort(index.ravel()))
 
@@ -218,6 +228,7 @@ class NodePass(Pass):
     def __init__(self, settings: NodeSettings | None = None, **options: Any) -> None:
         super().__init__(settings, **options)
         self._done = False
+        self._split = False
         given = [
             name
             for name in ("target_macs", "target_parameters", "target_units")
@@ -234,9 +245,14 @@ class NodePass(Pass):
         """Return the removal orders of each group, by root and by the name of the criterion."""
 
     def propose(self, context: Context) -> Proposal:
-        """Return the one proposal of this pass: every group's removals, for the target of the whole network."""
+        """Return every group's removals, for the target of the whole network; before it, once, what makes heads removable."""
         if self._done:
             return Proposal(Plan())
+        fused = [] if self._split or not self.settings.heads else _fused_attention(context.model)
+        self._split = True
+        if fused:
+            why = "its heads can go only with its projections apart"
+            return Proposal(Plan(edits=tuple(SplitAttention(module=path, reason=why) for path in fused)))
         self._done = True
         groups, skipped = checked_groups(context.model, context.example, self.settings, context.describe_attention)
         if not groups:
