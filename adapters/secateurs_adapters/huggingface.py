@@ -49,6 +49,7 @@ _FEED_FORWARD = (
     "hidden_dim",
     "ffn_hidden_size",
 )
+_REBUILD = "Keep plan.json with the weights and rebuild the network with `secateurs.load`."
 _REMEDY = (
     "A configuration holds one width for all layers. Prune with `uniform: true` (and `heads: false` where the configuration ties the heads to "
     "the hidden size), or keep plan.json with the weights and rebuild the network with `secateurs.load`."
@@ -89,8 +90,7 @@ def save_pretrained(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as partial:
         written = Path(partial) / folder.name
-        uniform.save_pretrained(written)
-        _check_reload(model, written, given, expected)
+        _check(model, _round_trip(uniform, written, model.config._attn_implementation), given, expected)
         if folder.exists():
             folder.rmdir()
         written.rename(folder)
@@ -113,8 +113,7 @@ def _kept_entries(model: nn.Module, plan: Plan) -> dict[str, list[int]]:
         if not isinstance(model.get_submodule(path), nn.ModuleList):
             inside = sorted(other for other in dropped if other.rpartition(".")[0] == path)
             raise ModelError(
-                f"{inside[0]!r} was dropped, and it is not an entry of a torch.nn.ModuleList that could become shorter; keep plan.json with "
-                f"the weights and rebuild the network with `secateurs.load`."
+                f"{inside[0]!r} was dropped, and it is not an entry of a torch.nn.ModuleList that could become shorter. {_REBUILD}"
             )
     return {
         path: [int(name) for name, child in model.get_submodule(path).named_children() if not isinstance(child, Bypass)]
@@ -255,22 +254,29 @@ def _pattern(name: str) -> str:
 # --- the proof --------------------------------------------------------------------------------------------------------------------------
 
 
-def _check_reload(model: Any, folder: Path, inputs: Mapping[str, Tensor], expected: list[Tensor]) -> None:
-    """Reload the folder as its user will, and compare."""
-    remedy = "Keep plan.json with the weights and rebuild the network with `secateurs.load`."
+def _round_trip(network: Any, folder: Path, attention: str) -> Any:
+    """Write a network and reload it as its user will, with the attention kernel that the pruned one has."""
     try:
-        reloaded = type(model).from_pretrained(
-            folder, dtype=model.dtype, attn_implementation=model.config._attn_implementation
-        )
+        network.save_pretrained(folder)
+        return type(network).from_pretrained(folder, dtype=network.dtype, attn_implementation=attention)
     except Exception as error:  # whatever transformers raises here, its user would meet
         raise ModelError(
-            f"the pruned {type(model).__name__} does not come back through `from_pretrained` ({str(error).splitlines()[0]}). {remedy}"
+            f"the pruned {type(network).__name__} does not come back through `from_pretrained` ({_said(error)}). {_REBUILD}"
         ) from error
+
+
+def _said(error: Exception) -> str:
+    """Return what an error says; transformers 5 hides the reason in the error's cause."""
+    return " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+
+
+def _check(model: Any, reloaded: Any, inputs: Mapping[str, Tensor], expected: list[Tensor]) -> None:
+    """Compare what was reloaded with the pruned network, bit by bit."""
     got = _outputs(reloaded.to(model.device), inputs)
     if len(expected) != len(got) or not all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)):
         raise ModelError(
             f"the pruned {type(model).__name__} computes something else after `from_pretrained`, although all shapes fit: its layers depend on "
-            f"their number, or on attributes that no configuration holds. {remedy}"
+            f"their number, or on attributes that no configuration holds. {_REBUILD}"
         )
 
 
@@ -282,7 +288,7 @@ def _outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ModelError(
             f"{type(model).__name__} does not run on the inputs {sorted(inputs)} that its saved form is compared on "
-            f"({str(error).splitlines()[0]}); give fitting ones as `inputs`."
+            f"({_said(error)}); give fitting ones as `inputs`."
         ) from error
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from secateurs.data import Dataset
 from secateurs.forward import call, frozen_randomness, inference, output_tensors
 from secateurs.layers import CONVOLUTIONS, NORMS, is_matrix_layer
+from secateurs.plan import DropBlock
 from secateurs.probe import first_tensor
 from secateurs.readers import masked
 
@@ -44,6 +45,10 @@ class Block:
     reason: str = ""
     elements: int | None = None
     also: tuple[str, ...] = ()
+
+    def dropped(self, reason: str) -> DropBlock:
+        """Return the edit that bypasses this block."""
+        return DropBlock(path=self.path, elements=self.elements, also=self.also, reason=reason)
 
 
 Describe = Callable[[nn.Module], "list[Block] | None"]

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONTRACT = """
 import sys
 sys.path.insert(0, {folder!r})
-from networks import images, plain, residual
+from networks import images, mlp, residual, vectors
 from secateurs.testing import PassContract
 from secateurs_drop_last.drop_last import DropLastBlock
 
@@ -24,7 +24,7 @@ short = PassContract(lambda: DropLastBlock(count=9), residual(), images(32)).che
 assert len(short.plan) == 3
 assert any("`count` is 9, and only 3 of 4 blocks" in item.reason for item in short.records[0].skipped)
 
-none = PassContract(DropLastBlock, plain(), images(32)).check()
+none = PassContract(DropLastBlock, mlp(), vectors(32)).check()
 assert not none.plan
 assert none.records[0].skipped[0].where == "the network"
 """

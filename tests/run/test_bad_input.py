@@ -208,7 +208,14 @@ def test_an_unreachable_target_ends_with_exit_code_1_and_says_by_how_much(secate
 def test_ctrl_c_leaves_no_file_under_a_final_name(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "secateurs", "run", RECIPE, "--output", str(out)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background hands down an ignored interrupt.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 240
     while not out.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -82,12 +82,7 @@ def plan_clusters(
     if max_blocks is not None:
         chosen = sorted(chosen, reverse=True)[:max_blocks]
     edits = tuple(
-        DropBlock(
-            path=blocks[index].path,
-            elements=blocks[index].elements,
-            also=blocks[index].also,
-            reason=f"CKA {value:.4f} with {blocks[anchors[index]].path}",
-        )
+        blocks[index].dropped(f"CKA {value:.4f} with {blocks[anchors[index]].path}")
         for value, index in sorted(chosen, key=lambda item: -item[1])
     )
     return Plan(edits=edits), skipped

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from secateurs.blocks import find_blocks
 from secateurs.passes.base import Context, Pass, Proposal
-from secateurs.plan import DropBlock, Plan
+from secateurs.plan import Plan
 from secateurs.report import Skipped
 from secateurs_drop_last.settings import DropLastBlockSettings
 
@@ -38,7 +38,7 @@ class DropLastBlock(Pass):
             skipped.append(Skipped(where="the network", reason=reason))
         last = list(reversed(removable))[:count]
         edits = [
-            DropBlock(path=block.path, reason=f"number {number} from the output of {len(removable)} removable blocks")
+            block.dropped(f"number {number} from the output of {len(removable)} removable blocks")
             for number, block in enumerate(last, start=1)
         ]
         return Proposal(Plan(edits=tuple(edits)), tuple(skipped), recalibrate=True)
