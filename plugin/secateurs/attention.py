@@ -105,10 +105,9 @@ def _described(
     owner: Any = module.get_submodule(prefix)
     width = widths_of(module.get_submodule(output))[0]
     config = getattr(owner, "config", None)
-    heads = _integer(owner, _HEADS) or _integer(config, _HEADS)
     head_dim = _integer(owner, ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_head", "dim_per_head"))
-    if not heads and head_dim:
-        heads = width // head_dim
+    # A configuration tells what the network was built with; after a first removal only the module itself knows.
+    heads = _integer(owner, _HEADS) or (width // head_dim if head_dim else 0) or _integer(config, _HEADS)
     if not heads or width % heads:
         return None
     kv_heads = heads

@@ -142,6 +142,10 @@ def certify_network(
                     continue
                 raise
             got = _run(pruned, batch, "pruned network")
+        if len(expected) != len(got):
+            raise CertificateError(
+                f"the pruned network returns {len(got)} tensors where the original returns {len(expected)}"
+            )
         for a, b in zip(expected, got, strict=True):
             if a.shape != b.shape:
                 raise CertificateError(

@@ -43,11 +43,15 @@ def call(model: nn.Module, data: Dataset) -> Any:
 
 
 def output_tensors(outputs: Any) -> list[Tensor]:
-    """Return the floating-point tensors of a network's output (tensor, tuple, list, mapping, dataclass), in a fixed order."""
+    """Return the floating-point tensors of a network's output (tensor, tuple, list, mapping, dataclass), in a fixed order.
+
+    Key-value caches are left out: they are the network's memory, not its answer, and a dropped layer keeps none.
+    """
     if isinstance(outputs, Tensor):
         return [outputs] if outputs.is_floating_point() else []
     if isinstance(outputs, Mapping):
-        return [tensor for value in outputs.values() for tensor in output_tensors(value)]
+        kept = (value for name, value in outputs.items() if name != "past_key_values")
+        return [tensor for value in kept for tensor in output_tensors(value)]
     if isinstance(outputs, Sequence) and not isinstance(outputs, str):
         return [tensor for value in outputs for tensor in output_tensors(value)]
     if hasattr(outputs, "__dict__"):

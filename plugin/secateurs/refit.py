@@ -14,6 +14,7 @@ References:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,13 +205,14 @@ def refit(
         The names that were refitted.
     """
     norms = following_norms(model, data.take(range(min(2, len(data)))))
+    holders = Counter(id(tensor) for module in model.modules() for tensor in module.parameters(recurse=False))
     done: list[str] = []
     for number, name in enumerate(consumers):
         if progress is not None:
             progress(number, len(consumers))
         layer: Any = model.get_submodule(name)
-        if not refittable(layer):
-            continue
+        if not refittable(layer) or holders[id(layer.weight)] > 1:
+            continue  # a tied weight serves another layer too, which was not asked
         original = dense.get_submodule(name)
         outputs = plan.kept(name, "weight", weight_dims(original)[0], widths_of(original)[1])
         moments = paired_moments(model, dense, name, data, outputs=outputs, batch_size=batch_size, seed=seed)

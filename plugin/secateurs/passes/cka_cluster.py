@@ -21,7 +21,7 @@ from secateurs.blocks import Block, find_blocks
 from secateurs.data import Dataset
 from secateurs.errors import DataError
 from secateurs.passes.base import Context, Pass, Proposal
-from secateurs.plan import DropBlock, Plan
+from secateurs.plan import DropBlock, Plan, SetAttribute
 from secateurs.probe import execution_order, sweep
 from secateurs.refit import refittable
 from secateurs.report import Skipped
@@ -30,7 +30,9 @@ from secateurs.settings import CkaClusterSettings
 from secateurs.similarity import CkaAccumulator, Estimator
 from secateurs.surgery import Bypass
 
-__all__ = ["CkaCluster", "cka_matrix", "plan_clusters"]
+__all__ = ["CkaCluster", "cka_matrix", "plan_clusters", "renumbered"]
+
+_NUMBERS = ("layer_idx", "layer_id", "layer_number")
 
 
 def cka_matrix(
@@ -88,6 +90,28 @@ def plan_clusters(
     return Plan(edits=edits), skipped
 
 
+def renumbered(model: nn.Module, plan: Plan) -> Plan:
+    """Return the edits that close the gaps in the numbers that layers of a list know of themselves (`layer_idx`), which address caches."""
+    dropped = {path for edit in plan.of(DropBlock) for path in edit.paths}
+    edits = []
+    for name, layers in model.named_modules():
+        if not isinstance(layers, nn.ModuleList) or not any(path.rpartition(".")[0] == name for path in dropped):
+            continue
+        left = 0
+        for position, layer in enumerate(layers):
+            path = f"{name}.{position}"
+            if path in dropped or isinstance(layer, Bypass):
+                continue
+            for inner, module in layer.named_modules(prefix=path):
+                for attribute in _NUMBERS:
+                    number = getattr(module, attribute, None)
+                    if isinstance(number, int) and number != left and number <= position:
+                        why = f"{position - left} layers before it are gone"
+                        edits.append(SetAttribute(module=inner, name=attribute, value=left, reason=why))
+            left += 1
+    return Plan(edits=tuple(edits))
+
+
 class CkaCluster(Pass):
     """Bypass blocks whose representations barely differ."""
 
@@ -125,6 +149,7 @@ class CkaCluster(Pass):
             )
             if plan:
                 self._proposed = len(plan)
+                plan += renumbered(context.model, plan)
                 known = {item.where: item for item in (*skipped, *blocked)}
                 return Proposal(
                     plan,

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateurs.data import Dataset
 from secateurs.groups import Group
@@ -28,9 +28,9 @@ from secateurs.information import (
     ridged,
 )
 from secateurs.interfaces import ProgressEvent
-from secateurs.layers import weight_dims, weight_matrix
+from secateurs.layers import weight_matrix
 from secateurs.passes.base import Context
-from secateurs.passes.width import NodePass, Survey
+from secateurs.passes.width import NodePass, Survey, norm_order
 from secateurs.sensitivity import output_sensitivity
 from secateurs.settings import MiNodesSettings
 
@@ -60,7 +60,7 @@ def removal_order(
         All units but one, first removed first.
     """
     if criterion == "magnitude":
-        return _magnitude_order(survey.model, group)
+        return norm_order(survey.model, group)
     criteria: list[Criterion] = []
     for member in group.of("in"):
         if member.module not in survey.moments:
@@ -77,22 +77,6 @@ def removal_order(
             importance = torch.ones_like(variance) if weights is None else weights
             criteria.append(ResidualIncrease(covariance, weight, importance, columns))
     return backward_elimination(criteria, group.units)
-
-
-def _magnitude_order(model: nn.Module, group: Group) -> Order:
-    """Order units by the squared norm of all weights that produce or read them."""
-    norm = torch.zeros(group.units, dtype=torch.float64)
-    for member in group.members:
-        layer: Any = model.get_submodule(member.module)
-        weight = layer.weight.detach().double()
-        if weight.ndim < 2:
-            continue
-        out_dim, in_dim = weight_dims(layer)
-        dim = in_dim if member.kind == "in" else out_dim
-        per_channel = weight.movedim(dim, 0).flatten(1).square().sum(1)
-        norm += per_channel[torch.as_tensor(member.index)].sum(1)
-    order = norm.argsort()[:-1]
-    return Order(tuple(order.tolist()), tuple(norm[order].tolist()))
 
 
 class MiNodes(NodePass):

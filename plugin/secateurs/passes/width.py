@@ -36,7 +36,7 @@ from secateurs.selection import keep_counts, keep_for_ratio, removed_units
 from secateurs.settings import NodeSettings
 from secateurs.surgery import is_splittable
 
-__all__ = ["NodePass", "Survey", "checked_groups"]
+__all__ = ["NodePass", "Survey", "checked_groups", "norm_order"]
 
 
 class Survey:
@@ -217,6 +217,22 @@ def _reader_moments(
 
     sweep(model, data, {name: tap_for(name, model.get_submodule(name)) for name in names}, batch_size=batch_size)
     return found
+
+
+def norm_order(model: nn.Module, group: Group) -> Order:
+    """Order units by the squared norm of all weights that produce or read them."""
+    norm = torch.zeros(group.units, dtype=torch.float64)
+    for member in group.members:
+        layer: Any = model.get_submodule(member.module)
+        weight = layer.weight.detach().double()
+        if weight.ndim < 2:
+            continue
+        out_dim, in_dim = weight_dims(layer)
+        dim = in_dim if member.kind == "in" else out_dim
+        per_channel = weight.movedim(dim, 0).flatten(1).square().sum(1)
+        norm += per_channel[torch.as_tensor(member.index)].sum(1)
+    order = norm.argsort()[:-1]
+    return Order(tuple(order.tolist()), tuple(norm[order].tolist()))
 
 
 class NodePass(Pass):
