@@ -26,6 +26,8 @@ BROKEN = 1e9
 """Stands for an infinite divergence (a network that returns NaN) in the dynamic program, where infinities cannot be compared."""
 BINS = 4096
 """Steps into which the dynamic program divides the allowed cost."""
+ROUNDING = 1e-12
+"""Relative difference of two sums of costs that is rounding and no excess."""
 MAX_COMBINATIONS = 512
 """Combinations of shared groups' widths that are searched exhaustively; beyond it, one group at a time."""
 
@@ -135,7 +137,7 @@ def allocate(cost: WidthCost, options: Mapping[str, Sequence[Option]], allowed: 
     shared = sorted(cost.shared() & set(options))
     free = [root for root in options if root not in shared]
     cheapest = {root: min(options[root], key=lambda option: option.keep) for root in options}
-    if cost({root: option.keep for root, option in cheapest.items()}) > allowed:
+    if cost({root: option.keep for root, option in cheapest.items()}) > allowed * (1 + ROUNDING):
         return cheapest
 
     def solve(fixed: Mapping[str, Option]) -> tuple[float, Mapping[str, Option]]:
@@ -185,17 +187,22 @@ def _dynamic_program(
     widths = {root: option.keep for root, option in fixed.items()}
     narrowest = {root: min(option.keep for option in choices) for root, choices in options.items()}
     base = cost({**widths, **narrowest})
-    if base > allowed:
+    slack = ROUNDING * abs(allowed)
+    if base > allowed + slack:
         return None
     bin_size = max((allowed - base) / BINS, 1e-12)
+
+    def bins_of(root: str, option: Option) -> int:
+        extra = cost({**widths, **narrowest, root: option.keep}) - base - slack
+        return max(0, math.ceil(extra / bin_size - 1e-9))
+
     table = np.zeros(BINS + 1)
     picks: list[tuple[str, np.ndarray]] = []
     for root, choices in options.items():
         fresh = np.full(BINS + 1, np.inf)
         pick = np.zeros(BINS + 1, dtype=np.int64)
         for number, option in enumerate(choices):
-            extra = cost({**widths, **narrowest, root: option.keep}) - base
-            bins = int(np.ceil(extra / bin_size - 1e-9))
+            bins = bins_of(root, option)
             if bins > BINS:
                 continue
             trial = np.full(BINS + 1, np.inf)
@@ -209,5 +216,5 @@ def _dynamic_program(
     for root, pick in reversed(picks):
         option = options[root][int(pick[position])]
         choice[root] = option
-        position -= int(np.ceil((cost({**widths, **narrowest, root: option.keep}) - base) / bin_size - 1e-9))
+        position -= bins_of(root, option)
     return choice
