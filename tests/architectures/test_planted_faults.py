@@ -19,7 +19,7 @@ from secateurs.data import Dataset
 from secateurs.errors import CertificateError
 from secateurs.forward import call, inference, output_tensors
 from secateurs.groups import plan_removal
-from secateurs.passes.width import checked_groups
+from secateurs.passes.survey import checked_groups
 from secateurs.plan import Plan, RemoveUnits
 from secateurs.settings import NodeSettings
 from secateurs.surgery import applied

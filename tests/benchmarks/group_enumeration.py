@@ -25,7 +25,7 @@ from torch import nn
 from secateurs.attention import describe
 from secateurs.data import Dataset
 from secateurs.groups import find_groups
-from secateurs.passes.width import checked_groups
+from secateurs.passes.survey import checked_groups
 from secateurs.settings import NodeSettings
 
 LAYERS = (2, 4, 8, 16, 32)

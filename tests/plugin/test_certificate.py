@@ -29,7 +29,7 @@ from secateurs.data import Dataset
 from secateurs.errors import CertificateError
 from secateurs.forward import call
 from secateurs.groups import find_groups, plan_removal
-from secateurs.passes.width import checked_groups
+from secateurs.passes.survey import checked_groups
 from secateurs.plan import DropBlock, Plan, RemoveUnits, SetAttribute, Slice
 from secateurs.settings import NodeSettings
 

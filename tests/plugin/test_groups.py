@@ -28,7 +28,7 @@ from torch import nn
 from secateurs.certificate import keep_certified
 from secateurs.errors import GroupError
 from secateurs.groups import Limits, find_groups, group_importances, plan_removal
-from secateurs.passes.width import checked_groups
+from secateurs.passes.survey import checked_groups
 from secateurs.plan import Plan
 from secateurs.settings import NodeSettings
 

@@ -15,7 +15,8 @@ from torch_pruning.pruner import importance
 from secateurs.groups import Group, Limits, group_importances
 from secateurs.information import Order
 from secateurs.passes.base import Context
-from secateurs.passes.width import NodePass, Survey, norm_order
+from secateurs.passes.survey import Survey, norm_order
+from secateurs.passes.width import NodePass
 from secateurs.settings import MagnitudeSettings
 
 __all__ = ["Magnitude"]

@@ -30,7 +30,8 @@ from secateurs.information import (
 from secateurs.interfaces import ProgressEvent
 from secateurs.layers import weight_matrix
 from secateurs.passes.base import Context
-from secateurs.passes.width import NodePass, Survey, norm_order
+from secateurs.passes.survey import Survey, norm_order
+from secateurs.passes.width import NodePass
 from secateurs.sensitivity import output_sensitivity
 from secateurs.settings import MiNodesSettings
 

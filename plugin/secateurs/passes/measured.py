@@ -1,0 +1,130 @@
+"""Measured divergence: prune and refit one group alone, at each width and in each removal order, and compare with the dense network.
+
+References:
+    Kurtic et al. 2023 (ZipLM): a table of measured errors, one group at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateurs.allocation import Option
+from secateurs.data import Dataset
+from secateurs.forward import kl_divergence, predict
+from secateurs.groups import Group
+from secateurs.information import Order
+from secateurs.layers import as_weight, weight_matrix
+from secateurs.moments import Moments, PairedMoments
+from secateurs.passes.survey import Survey
+from secateurs.refit import solve
+from secateurs.selection import removed_units
+from secateurs.settings import NodeSettings
+
+__all__ = ["Trial", "best_orders", "pruned_alone"]
+
+
+Trial = tuple[str, int, str]
+"""A group's root, how many units it keeps, and the name of the removal order."""
+
+
+def best_orders(
+    survey: Survey,
+    orders: Mapping[str, Mapping[str, Order]],
+    counts: Mapping[str, Sequence[int]],
+    held_out: Dataset,
+    settings: NodeSettings,
+    measured: dict[Trial, float],
+    progress: Callable[[int, int, str], None],
+) -> dict[str, list[Option]]:
+    """Return, per group and width, the removal order of least divergence when that group alone is pruned and refitted.
+
+    Args:
+        survey: groups and statistics of the dense network.
+        orders: removal orders by group and criterion.
+        counts: the widths to try, by group.
+        held_out: examples that the statistics were not gathered on.
+        settings: of the refit.
+        measured: divergences that are known; new ones are added.
+        progress: called with trials done, their total, and a word on the current one.
+    """
+    reference = predict(survey.model, held_out)
+    trials = [
+        (group, keep, criterion)
+        for group in survey.groups
+        for keep in counts[group.root]
+        for criterion in orders[group.root]
+    ]
+    table: dict[str, list[Option]] = {group.root: [] for group in survey.groups}
+    for number, (group, keep, criterion) in enumerate(trials, start=1):
+        progress(number, len(trials), f"{group.root} {keep}/{group.units}")
+        trial = (group.root, keep, criterion)
+        if trial not in measured and keep == group.units:
+            measured[trial] = 0.0
+        elif trial not in measured:
+            units = removed_units(orders[group.root][criterion].units, group.units, keep)
+            with pruned_alone(survey, group, units, settings):
+                measured[trial] = kl_divergence(reference, predict(survey.model, held_out))
+        options, option = table[group.root], Option(keep, measured[trial], criterion)
+        if not options or options[-1].keep != keep:
+            options.append(option)
+        elif option.divergence < options[-1].divergence:
+            options[-1] = option
+    return table
+
+
+@contextmanager
+def pruned_alone(survey: Survey, group: Group, units: Sequence[int], settings: NodeSettings) -> Any:
+    """Make the dense network behave as if `units` of one group were removed and their readers refitted, for the length of a block."""
+    with ExitStack() as stack:
+        for member in group.of("in"):
+            layer: Any = survey.model.get_submodule(member.module)
+            weight, shift = _without(survey, member.module, member.index[list(units)], settings)
+            original = layer.weight.detach().clone()
+
+            def restore(layer: Any = layer, original: Tensor = original) -> None:
+                with torch.no_grad():
+                    layer.weight.copy_(original)
+
+            stack.callback(restore)
+            with torch.no_grad():
+                layer.weight.copy_(weight)
+            if shift is not None:
+                shaped = shift.to(original.dtype)
+                if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                    shaped = shaped.reshape(-1, *(1,) * len(layer.kernel_size))
+
+                def add(_: nn.Module, __: Any, output: Tensor, shaped: Tensor = shaped) -> Tensor:
+                    return output + shaped
+
+                stack.callback(layer.register_forward_hook(add).remove)
+        yield
+
+
+def _without(survey: Survey, name: str, index: np.ndarray, settings: NodeSettings) -> tuple[Tensor, Tensor | None]:
+    """Return a reader's weight without some of its input channels, refitted, and the constant to add to its output."""
+    layer: Any = survey.model.get_submodule(name)
+    flat = weight_matrix(layer).double()
+    removed = survey.columns(name, index).flatten()
+    mask = torch.ones(flat.shape[1], dtype=torch.bool)
+    mask[removed] = False
+    kept = mask.nonzero().squeeze(1)
+    weight = torch.zeros_like(flat)
+    if settings.refit == "none" or name not in survey.moments:
+        weight[:, kept] = flat[:, kept]
+        return as_weight(layer, weight), None
+    full = survey.moments[name]
+    bias = torch.zeros(len(flat), dtype=torch.float64) if layer.bias is None else layer.bias.detach().double()
+    mean_y = flat @ full.mean + bias
+    part = Moments(full.count, full.sum_x[kept], full.sum_xx[kept][:, kept])
+    cross = flat @ full.second[:, kept] + torch.outer(bias, full.mean[kept])
+    paired = PairedMoments(part, mean_y * full.count, cross * full.count)
+    solution = solve(paired, flat[:, kept], constant=survey.constant(name), ridge=settings.ridge)
+    weight[:, kept] = solution.weight
+    shift = None if solution.shift is None else solution.shift - bias
+    return as_weight(layer, weight), shift

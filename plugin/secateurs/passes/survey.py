@@ -1,0 +1,226 @@
+"""What node pruning looks at before it removes anything: the groups that may go, and the statistics of everything that reads them.
+
+The groups of the dependency graph are checked against the readers observed on the running network before anything is scored, so that a graph
+that couples the wrong channels is refused with a reason and the rest is still pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateurs.attention import DescribeAttention, attention_groups
+from secateurs.data import Dataset
+from secateurs.groups import Group, Limits, find_groups
+from secateurs.information import Order
+from secateurs.layers import is_matrix_layer, weight_dims, widths_of
+from secateurs.moments import Moments, Positions, output_positions, patches, unit_columns
+from secateurs.probe import sweep
+from secateurs.readers import observe_readers
+from secateurs.refit import ROWS, following_norms, refittable
+from secateurs.report import Skipped
+from secateurs.settings import NodeSettings
+from secateurs.surgery import is_splittable
+
+__all__ = ["Survey", "checked_groups", "fused_attention", "merged", "norm_order", "sizes"]
+
+
+class Survey:
+    """The groups of one structure and the statistics of everything that reads them, gathered in one sweep.
+
+    Attributes:
+        model: the dense network.
+        groups: the groups that may be pruned.
+        moments: of each reader's input, by reader.
+        norms: the BatchNorm behind each consumer that has one.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[Group], calibration: Dataset, seed: int) -> None:
+        self.model = model
+        self.groups = list(groups)
+        self.norms = following_norms(model, calibration.take(range(min(2, len(calibration)))))
+        names = list(dict.fromkeys(member.module for group in groups for member in group.of("in")))
+        self.moments = _reader_moments(
+            model, [name for name in names if refittable(model.get_submodule(name))], calibration, seed
+        )
+
+    def columns(self, name: str, index: np.ndarray) -> Tensor:
+        """Return the weight columns of each unit for one reader, shape `(units, b)`."""
+        return unit_columns(self.model.get_submodule(name), torch.as_tensor(index))
+
+    def constant(self, name: str) -> bool:
+        """Tell whether a refit of this consumer may fit a constant term."""
+        return self.model.get_submodule(name).bias is not None or name in self.norms
+
+
+def checked_groups(
+    model: nn.Module, example: Dataset, settings: NodeSettings, describing: DescribeAttention | None = None
+) -> tuple[list[Group], list[Skipped]]:
+    """Return the groups that may be pruned, and what was skipped.
+
+    Attention heads come from descriptions; the dependency graph's own groups through the same projections, which would cut heads apart, are
+    left out. Of every group, the readers observed on the running network must be those that it tells. In uniform mode, the groups of one kind
+    stay or go together.
+
+    Args:
+        model: the network; it is not changed.
+        example: inputs for the forward passes.
+        settings: which groups are wanted, and the limits of the search.
+        describing: the hook `secateurs_describe_attention`.
+    """
+    found, skipped = find_groups(model, example, Limits(settings.time_limit, settings.max_group_items))
+    heads, refused = attention_groups(model, describing) if describing is not None else ([], [])
+    projections = {member.module for group in heads for member in group.of("out")}
+    groups = [group for group in found if not projections & {member.module for member in group.of("out")}] + heads
+    skipped = [item for item in skipped if item.where not in projections] + refused
+    with_heads = {group.root for group in heads}
+    kept: list[Group] = []
+    for group in groups:
+        if group.root in with_heads and not settings.heads:
+            skipped.append(Skipped(where=group.root, reason="its units are attention heads, and `heads` is off"))
+            continue
+        reason = _disagreement(model, example, group)
+        if reason is None and not settings.coupled and len(group.of("out")) > 1:
+            reason = "coupled with other layers through additions, and `coupled` is off"
+        if reason is None and group.units < 2:
+            reason = "it has a single unit"
+        if reason is None:
+            kept.append(group)
+        else:
+            skipped.append(Skipped(where=group.root, reason=reason))
+    return _whole_kinds(model, kept, skipped) if settings.uniform else (kept, skipped)
+
+
+def _kind(group: Group) -> tuple[str, int]:
+    """Return what groups that a config file gives one width have in common."""
+    return _unnumbered(group.root), group.units
+
+
+def _unnumbered(path: str) -> str:
+    """Return a path with `*` for each index into a list: `layer.0.fc1` becomes `layer.*.fc1`."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def _whole_kinds(
+    model: nn.Module, kept: Sequence[Group], skipped: Sequence[Skipped]
+) -> tuple[list[Group], list[Skipped]]:
+    """Leave out every group of which a like one was skipped, with the reason of that one.
+
+    What was skipped is a layer, or an attention module whose heads could not be described.
+    """
+
+    def width(path: str) -> int | None:
+        layer = model.get_submodule(path)
+        return widths_of(layer)[1] if is_matrix_layer(layer) else None
+
+    whole: list[Group] = []
+    found = list(skipped)
+    for group in kept:
+        like = (
+            item
+            for item in skipped
+            if f"{_unnumbered(group.root)}.".startswith(f"{_unnumbered(item.where)}.")
+            and width(item.where) in (width(group.root), None)
+        )
+        first = next(like, None)
+        if first is None:
+            whole.append(group)
+        else:
+            reason = f"`uniform` is on, and {first.where!r} of its kind is left alone: {first.reason}"
+            found.append(Skipped(where=group.root, reason=reason))
+    return whole, found
+
+
+def merged(groups: Sequence[Group]) -> list[tuple[Group, list[Group]]]:
+    """Return one group for each kind, which stands for the cost of all of them, with the groups of that kind."""
+    kinds: dict[tuple[str, int], list[Group]] = {}
+    for group in groups:
+        kinds.setdefault(_kind(group), []).append(group)
+    return [
+        (replace(like[0], members=tuple(member for group in like for member in group.members)), like)
+        for like in kinds.values()
+    ]
+
+
+def _disagreement(model: nn.Module, example: Dataset, group: Group) -> str | None:
+    """Disturb every other unit of a group and compare who reads it with what the graph says."""
+    some = np.arange(0, group.units, 2)
+    reading = observe_readers(model, example, {member.module: _flat(member.index[some]) for member in group.of("out")})
+    if reading.reaches_output:
+        return "its units reach the output of the network"
+    expected = {member.module: set(_flat(member.index[some])) for member in group.of("in")}
+    for name in sorted({*expected, *reading.readers}):
+        seen, told = set(reading.readers.get(name, ())), expected.get(name, set())
+        # A dead unit shows nowhere, so fewer channels than the graph tells are no contradiction; the certificate has the last word.
+        if seen and seen <= told:
+            continue
+        return (
+            f"the dependency graph is wrong about {name!r}: it reads {len(seen)} channels of these units where the graph says "
+            f"{len(told)}{' (others)' if len(seen) == len(told) else ''}; a normalisation, padding or reshape mixes them"
+        )
+    return None
+
+
+def sizes(model: nn.Module, groups: Sequence[Group]) -> dict[tuple[str, str], int]:
+    """Return the channels of every side of a layer that a group takes part in."""
+    sizes: dict[tuple[str, str], int] = {}
+    for member in (member for group in groups for member in group.members):
+        layer = model.get_submodule(member.module)
+        weight = getattr(layer, "weight", None)
+        if weight is not None:
+            out_dim, in_dim = weight_dims(layer)
+            side, dim = ("in", in_dim) if member.kind == "in" else ("out", out_dim)
+            sizes[member.module, side] = weight.shape[dim]
+    return sizes
+
+
+def fused_attention(model: nn.Module) -> list[str]:
+    """Return the attention modules of torch's own kind, each object once; one that is shared under two names is left as it is."""
+    names: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path and is_splittable(module):
+            names.setdefault(module, []).append(path)
+    return [paths[0] for paths in names.values() if len(paths) == 1]
+
+
+def _flat(index: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(value) for value in np.sort(index.ravel()))
+
+
+def _reader_moments(
+    model: nn.Module, names: Sequence[str], data: Dataset, seed: int, batch_size: int = 64
+) -> dict[str, Moments]:
+    batches = max(1, -(-len(data) // batch_size))
+    positions = Positions(max(ROWS // batches, 1), seed)
+    found: dict[str, Moments] = {}
+
+    def tap_for(name: str, layer: nn.Module) -> Any:
+        def tap(inputs: Tensor, output: Tensor) -> None:
+            x = patches(layer, inputs, positions.draw(len(output), output_positions(layer, output)))
+            found.setdefault(name, Moments.zeros(x.shape[1])).update(x)
+
+        return tap
+
+    sweep(model, data, {name: tap_for(name, model.get_submodule(name)) for name in names}, batch_size=batch_size)
+    return found
+
+
+def norm_order(model: nn.Module, group: Group) -> Order:
+    """Order units by the squared norm of all weights that produce or read them."""
+    norm = torch.zeros(group.units, dtype=torch.float64)
+    for member in group.members:
+        layer: Any = model.get_submodule(member.module)
+        weight = layer.weight.detach().double()
+        if weight.ndim < 2:
+            continue
+        out_dim, in_dim = weight_dims(layer)
+        dim = in_dim if member.kind == "in" else out_dim
+        per_channel = weight.movedim(dim, 0).flatten(1).square().sum(1)
+        norm += per_channel[torch.as_tensor(member.index)].sum(1)
+    order = norm.argsort()[:-1]
+    return Order(tuple(order.tolist()), tuple(norm[order].tolist()))
