@@ -79,6 +79,12 @@ class Dataset:
         for start in range(0, stop, size):
             yield self.take(np.arange(start, min(start + size, len(self))))
 
+    @property
+    def tokens(self) -> npt.NDArray[np.bool_] | None:
+        """Which positions of each example are tokens and not padding, shape `(n, length)`: the input `attention_mask`, if there is one."""
+        mask = self.inputs.get("attention_mask")
+        return mask.astype(bool) if mask is not None and mask.ndim == 2 else None
+
     def fingerprints(self) -> list[bytes]:
         """Return one 16-byte content hash per example, over all inputs; labels do not count."""
         digests = [hashlib.blake2b(digest_size=16) for _ in range(len(self))]

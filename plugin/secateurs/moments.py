@@ -1,7 +1,8 @@
 """Second moments of what a layer reads: the statistics behind the information criterion and behind refit.
 
 A linear layer reads its input features; a convolution reads patches, one row per example and output position. Rows are drawn evenly over
-examples, and positions at random (seeded) where there are more than needed, so that cost and memory are bounded whatever the data.
+examples, and positions at random (seeded) where there are more than needed, so that cost and memory are bounded whatever the data. Rows
+of padding are left out.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
-__all__ = ["Moments", "PairedMoments", "Positions", "patches", "rows_of_output", "unit_columns"]
+__all__ = ["Moments", "PairedMoments", "Positions", "patches", "rows_of_output", "token_rows", "unit_columns"]
 
+Array = npt.NDArray[np.bool_]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -53,6 +57,20 @@ def rows_of_output(layer: nn.Module, output: Tensor, positions: Tensor) -> Tenso
         else output.reshape(len(output), -1, output.shape[-1])
     )
     return flat[:, positions].flatten(0, 1)
+
+
+def token_rows(layer: nn.Module, output: Tensor, positions: Tensor, tokens: Array | None) -> Tensor | None:
+    """Return which rows of `rows_of_output` and `patches` are tokens and not padding, shape `(examples * positions,)`; None for all.
+
+    Args:
+        layer: the layer that is observed.
+        output: of the layer.
+        positions: those that were drawn.
+        tokens: of the batch, shape `(examples, length)`, or None where nothing is padded.
+    """
+    if tokens is None or isinstance(layer, _CONVOLUTIONS) or output.shape[:-1] != tokens.shape:
+        return None
+    return torch.from_numpy(tokens).to(output.device)[:, positions].flatten()
 
 
 def patches(layer: nn.Module, value: Tensor, positions: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from secateurs.data import Dataset
 from secateurs.forward import call, inference
 from secateurs.layers import as_weight, is_matrix_layer, weight_dims, weight_matrix, widths_of
-from secateurs.moments import PairedMoments, Positions, output_positions, patches, rows_of_output
+from secateurs.moments import PairedMoments, Positions, output_positions, patches, rows_of_output, token_rows
 from secateurs.plan import Plan
 from secateurs.probe import sweep
 
@@ -112,19 +112,21 @@ def paired_moments(
     batches = max(1, -(-len(data) // batch_size))
     positions = Positions(max(rows // batches, 1), seed)
     moments: list[PairedMoments] = []
-    dense_rows: list[tuple[Tensor, Tensor]] = []
+    dense_rows: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def dense_tap(_: Tensor, output: Tensor) -> None:
         chosen = positions.draw(len(output), output_positions(layer, output))
         y = rows_of_output(layer, output, chosen)
-        dense_rows.append((chosen, y if columns is None else y[:, columns]))
+        dense_rows.append(
+            (chosen, y if columns is None else y[:, columns], token_rows(layer, output, chosen, batch.tokens))
+        )
 
     def pruned_tap(inputs: Tensor, _: Tensor) -> None:
-        chosen, y = dense_rows.pop()
+        chosen, y, real = dense_rows.pop()
         x = patches(layer, inputs, chosen)
         if not moments:
             moments.append(PairedMoments.zeros(x.shape[1], y.shape[1]))
-        moments[0].update(x, y)
+        moments[0].update(*((x, y) if real is None else (x[real], y[real])))
 
     for batch in data.batches(batch_size):
         sweep(dense, batch, {name: dense_tap}, batch_size=batch_size, stop_after=name)

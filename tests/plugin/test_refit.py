@@ -9,9 +9,11 @@ from networks import dense, images, mlp, plain, residual, separable, vectors
 from torch import nn
 from torch.nn import functional as F
 
+from secateurs.data import Dataset
 from secateurs.forward import call, kl_divergence, predict
 from secateurs.groups import find_groups, plan_removal
 from secateurs.moments import PairedMoments
+from secateurs.passes.survey import _reader_moments
 from secateurs.plan import Plan
 from secateurs.probe import execution_order
 from secateurs.refit import following_norms, paired_moments, refit, refittable, solve
@@ -217,3 +219,37 @@ def test_following_norms_of_a_residual_network():
     assert found["stem"] == "bn"
     assert found["layers.2.projection.0"] == "layers.2.projection.1"
     assert "head" not in found
+
+
+class Tokens(nn.Module):
+    """Two linear layers on embedded tokens; the mask is not used, as padding changes nothing for other tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(30, 8)
+        self.first = nn.Linear(8, 6)
+        self.second = nn.Linear(6, 4)
+
+    def forward(self, input_ids, attention_mask):
+        return self.second(torch.relu(self.first(self.embedding(input_ids))))
+
+
+def padded(lengths, length=12, seed=0):
+    generator = np.random.default_rng(seed)
+    ids = generator.integers(1, 30, size=(len(lengths), length))
+    mask = (np.arange(length) < np.array(lengths)[:, None]).astype(np.int64)
+    return Dataset({"input_ids": ids * mask, "attention_mask": mask}, keyword=True)
+
+
+def test_padding_has_no_part_in_the_statistics():
+    torch.manual_seed(0)
+    model, data = Tokens().eval(), padded([3, 12, 7, 1, 9] * 4)
+    moments = paired_moments(model, model, "second", data, batch_size=8)
+    x, y = observed(model, "second", data)
+    real = torch.from_numpy(data.tokens)
+    assert moments.x.count == data.tokens.sum()
+    assert torch.allclose(moments.x.mean, x[real].double().mean(0), atol=1e-6)
+    assert torch.allclose(moments.mean_y, y[real].double().mean(0), atol=1e-6)
+    survey = _reader_moments(model, ["second"], data, 0, batch_size=8)["second"]
+    assert survey.count == data.tokens.sum()
+    assert torch.allclose(survey.second, moments.x.second, atol=1e-6)

@@ -19,7 +19,7 @@ from secateurs.data import Dataset
 from secateurs.groups import Group, Limits, find_groups
 from secateurs.information import Order
 from secateurs.layers import is_matrix_layer, weight_dims, widths_of
-from secateurs.moments import Moments, Positions, output_positions, patches, unit_columns
+from secateurs.moments import Moments, Positions, output_positions, patches, token_rows, unit_columns
 from secateurs.probe import sweep
 from secateurs.readers import observe_readers
 from secateurs.refit import ROWS, following_norms, refittable
@@ -199,14 +199,21 @@ def _reader_moments(
     positions = Positions(max(ROWS // batches, 1), seed)
     found: dict[str, Moments] = {}
 
-    def tap_for(name: str, layer: nn.Module) -> Any:
+    def tap_for(name: str, layer: nn.Module, batch: Dataset) -> Any:
         def tap(inputs: Tensor, output: Tensor) -> None:
-            x = patches(layer, inputs, positions.draw(len(output), output_positions(layer, output)))
-            found.setdefault(name, Moments.zeros(x.shape[1])).update(x)
+            drawn = positions.draw(len(output), output_positions(layer, output))
+            x, real = patches(layer, inputs, drawn), token_rows(layer, output, drawn, batch.tokens)
+            found.setdefault(name, Moments.zeros(x.shape[1])).update(x if real is None else x[real])
 
         return tap
 
-    sweep(model, data, {name: tap_for(name, model.get_submodule(name)) for name in names}, batch_size=batch_size)
+    for batch in data.batches(batch_size):
+        sweep(
+            model,
+            batch,
+            {name: tap_for(name, model.get_submodule(name), batch) for name in names},
+            batch_size=batch_size,
+        )
     return found
 
 
