@@ -46,6 +46,11 @@ class Block:
     elements: int | None = None
     also: tuple[str, ...] = ()
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every module that is bypassed, in order of execution."""
+        return (*self.also, self.path)
+
     def dropped(self, reason: str) -> DropBlock:
         """Return the edit that bypasses this block."""
         return DropBlock(path=self.path, elements=self.elements, also=self.also, reason=reason)

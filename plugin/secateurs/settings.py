@@ -10,12 +10,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
+    "BlockInfluenceSettings",
     "CkaClusterSettings",
+    "CkaSegmentSettings",
+    "DepthSettings",
     "ExportSettings",
+    "LossGreedySettings",
     "MagnitudeSettings",
     "MiNodesSettings",
     "NodeSettings",
     "PassSettings",
+    "RandomBlocksSettings",
     "RecoverySettings",
     "TargetSettings",
 ]
@@ -54,6 +59,72 @@ class CkaClusterSettings(PassSettings):
     recovery_epochs: int = Field(
         0, ge=0, description="epochs of recovery training before each round is judged (the paper uses 3)"
     )
+    freeze: bool = Field(
+        False, description="recovery trains only the blocks before and after the removed ones (the paper's Part)"
+    )
+    refit: Literal["dense", "none"] = Field(
+        "dense", description="least-squares update of the layers behind the first removal towards the dense network"
+    )
+
+
+class DepthSettings(PassSettings):
+    """Options that all passes share that bypass blocks until a budget is met; of the three budgets, one is given.
+
+    Targets are ratios candidate / baseline of the whole network.
+    """
+
+    blocks: int | None = Field(None, ge=1, description="how many blocks to remove")
+    target_macs: TargetRatio | None = Field(None, description="MACs left, candidate / baseline")
+    target_parameters: TargetRatio | None = Field(None, description="parameters left, candidate / baseline")
+    refit: Literal["dense", "none"] = Field(
+        "dense", description="least-squares update of the layers behind the first removal towards the dense network"
+    )
+    ridge: float = Field(1e-3, gt=0, description="added to covariances, relative to their mean variance")
+
+
+class CkaSegmentSettings(DepthSettings):
+    """Options of `cka-segment` (SGLP)."""
+
+    segments: int | None = Field(
+        None, ge=1, description="number of segments, each of which keeps a block; None takes the elbow of the losses"
+    )
+    representation: Literal["row", "sum"] = Field(
+        "row",
+        description="what segmentation sees of a block: its row of the CKA matrix, or the row's sum (paper mode)",
+    )
+    estimator: Literal["unbiased", "biased"] = Field(
+        "unbiased", description="`biased` is paper mode and depends on the batch size"
+    )
+    batch_size: int = Field(64, ge=4, description="examples per Gram matrix (the paper uses 500)")
+    score: Literal["bypass", "gradnorm"] = Field(
+        "bypass",
+        description="measured divergence without the block, anew after each removal; or GradNorm of fresh networks (paper mode)",
+    )
+    held_out: int = Field(256, ge=16, description="examples on which divergence is measured")
+    statistics: int = Field(128, ge=4, description="calibration examples with which a network on trial is mended")
+    reach: int = Field(
+        1, ge=0, description="blocks behind the removed one that are refitted on trial, where `refit` is on"
+    )
+    gradnorm_batches: int = Field(2, ge=1, description="batches of 64 examples over which GradNorm is averaged")
+    max_combinations: int = Field(
+        64, ge=1, description="ways to choose a segment's blocks up to which GradNorm tries all; beyond it, one by one"
+    )
+
+
+class RandomBlocksSettings(DepthSettings):
+    """Options of `random-blocks`."""
+
+    seed: int | None = Field(None, ge=0, description="of the draw; None takes the run's")
+
+
+class BlockInfluenceSettings(DepthSettings):
+    """Options of `block-influence` (ShortGPT)."""
+
+
+class LossGreedySettings(DepthSettings):
+    """Options of `loss-greedy` (SLEB)."""
+
+    samples: int = Field(256, ge=1, description="calibration examples on which the loss is taken")
 
 
 class NodeSettings(PassSettings):

@@ -144,8 +144,17 @@ class CkaAccumulator:
         self._sums += rows @ rows.T / scale
         self.examples += n
 
-    def compute(self) -> Tensor:
+    @property
+    def constant(self) -> tuple[str, ...]:
+        """The modules whose outputs were the same for every example; they have no CKA."""
+        own = self._sums.diagonal().tolist()
+        return tuple(name for name, value in zip(self.names, own, strict=True) if value <= 0)
+
+    def compute(self, names: Sequence[str] | None = None) -> Tensor:
         """Return the CKA matrix, shape `(L, L)`, float64; entries may be slightly negative.
+
+        Args:
+            names: the modules to compare; None for all.
 
         Raises:
             DataError: fewer than 4 examples were seen, or a module is constant or not finite.
@@ -154,8 +163,11 @@ class CkaAccumulator:
             raise DataError(
                 f"CKA needs batches of at least {MINIMUM_EXAMPLES} examples; saw {self.examples}. Give more calibration data."
             )
-        own = self._sums.diagonal()
-        for name, value in zip(self.names, own.tolist(), strict=True):
+        names = self.names if names is None else list(names)
+        index = torch.tensor([self.names.index(name) for name in names], dtype=torch.int64)
+        sums = self._sums[index][:, index]
+        own = sums.diagonal()
+        for name, value in zip(names, own.tolist(), strict=True):
             if value != value or value in (float("inf"), float("-inf")):
                 raise DataError(
                     f"CKA: the outputs of {name!r} hold NaN or infinite values; check the network on the calibration data."
@@ -164,7 +176,7 @@ class CkaAccumulator:
                 raise DataError(
                     f"CKA: the outputs of {name!r} are the same for every example; it cannot be compared with other layers."
                 )
-        return self._sums / torch.sqrt(own[:, None] * own[None, :])
+        return sums / torch.sqrt(own[:, None] * own[None, :])
 
 
 def linear_cka(x: Tensor, y: Tensor, estimator: Estimator = "unbiased") -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 
 import secateurs
 from secateurs.passes.base import Pass, Proposal
-from secateurs.passes.cka_cluster import renumbered
+from secateurs.passes.depth import renumbered
 from secateurs.plan import DropBlock, Plan
 
 pytestmark = pytest.mark.hf

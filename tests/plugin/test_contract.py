@@ -29,6 +29,13 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], Callable[..., Any]]] = {
 }
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "cka-cluster": [{"threshold": 0.5, "tolerance": 1.0}, {"threshold": 0.5, "tolerance": 0.0, "estimator": "biased"}],
+    "cka-segment": [
+        {"blocks": 1, "segments": 1, "held_out": 32, "statistics": 32},
+        {"target_macs": 0.9, "segments": 1, "score": "gradnorm", "estimator": "biased", "representation": "sum"},
+    ],
+    "random-blocks": [{"blocks": 1}],
+    "block-influence": [{"target_parameters": 0.9, "refit": "none"}],
+    "loss-greedy": [{"target_macs": 0.9, "samples": 32}],
     "mi-nodes": [{"target_macs": 0.6, "grid": 3}, {"target_units": 0.5, "criteria": ["residual"], "refit": "none"}],
     "magnitude": [
         {"target_parameters": 0.6},
@@ -43,7 +50,8 @@ def no_blocks(network: str) -> str | None:
     return None if network in ("residual", "separable") else "it has no block with a residual path"
 
 
-NOTHING_TO_DO: dict[str, Callable[[str], str | None]] = {"cka-cluster": no_blocks}
+DEPTH = ("cka-cluster", "cka-segment", "random-blocks", "block-influence", "loss-greedy")
+NOTHING_TO_DO: dict[str, Callable[[str], str | None]] = dict.fromkeys(DEPTH, no_blocks)
 """By pass: why it makes no edit on a network, or None if it has to; the rest of the contract holds all the same."""
 
 

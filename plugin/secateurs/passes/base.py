@@ -77,6 +77,7 @@ class Proposal:
         recovery_epochs: epochs of training before the round is judged.
         tolerance: largest drop of the metric on validation data; None accepts every round.
         recalibrate: re-estimate BatchNorm statistics where that lowers the held-out divergence.
+        trainable: the modules that this training changes; empty for all. The others keep their parameters and BatchNorm statistics.
         details: for the report: figures behind the proposal.
     """
 
@@ -87,6 +88,7 @@ class Proposal:
     recovery_epochs: int = 0
     tolerance: float | None = None
     recalibrate: bool = False
+    trainable: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -27,6 +27,12 @@ def secateurs_register_passes(register: Registrar[type[Pass]]) -> None:
         settings="secateurs.settings:CkaClusterSettings",
     )
     register(
+        "cka-segment",
+        "secateurs.passes.cka_segment:CkaSegment",
+        summary="bypass the blocks whose removal costs least, one of every segment of similar blocks stays (SGLP)",
+        settings="secateurs.settings:CkaSegmentSettings",
+    )
+    register(
         "mi-nodes",
         "secateurs.passes.mi_nodes:MiNodes",
         summary="remove the units that carry least information to their readers, and refit (MIPP)",
@@ -37,6 +43,24 @@ def secateurs_register_passes(register: Registrar[type[Pass]]) -> None:
         "secateurs.passes.baselines:Magnitude",
         summary="remove the units of smallest weight norm (Torch-Pruning's group magnitude), the usual baseline",
         settings="secateurs.settings:MagnitudeSettings",
+    )
+    register(
+        "random-blocks",
+        "secateurs.passes.block_baselines:RandomBlocks",
+        summary="bypass blocks drawn at random, the baseline for depth",
+        settings="secateurs.settings:RandomBlocksSettings",
+    )
+    register(
+        "block-influence",
+        "secateurs.passes.block_baselines:BlockInfluence",
+        summary="bypass the blocks that change the direction of their input least (ShortGPT), a baseline for depth",
+        settings="secateurs.settings:BlockInfluenceSettings",
+    )
+    register(
+        "loss-greedy",
+        "secateurs.passes.block_baselines:LossGreedy",
+        summary="bypass, one by one, the block without which the loss is lowest (SLEB), a baseline for depth",
+        settings="secateurs.settings:LossGreedySettings",
     )
 
 

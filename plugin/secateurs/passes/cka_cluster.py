@@ -12,48 +12,21 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from secateurs.blocks import Block, find_blocks
-from secateurs.data import Dataset
+from secateurs.blocks import Block
 from secateurs.errors import DataError
 from secateurs.passes.base import Context, Pass, Proposal
-from secateurs.plan import DropBlock, Plan, SetAttribute
-from secateurs.probe import execution_order, sweep
-from secateurs.refit import refittable
+from secateurs.passes.depth import Similarity, block_similarity, layers_after, live_blocks, renumbered
+from secateurs.plan import DropBlock, Plan
 from secateurs.report import Skipped
 from secateurs.segmentation import anchored_clusters, removed_members
 from secateurs.settings import CkaClusterSettings
-from secateurs.similarity import CkaAccumulator, Estimator
-from secateurs.surgery import Bypass
 
-__all__ = ["CkaCluster", "cka_matrix", "plan_clusters", "renumbered"]
-
-_NUMBERS = ("layer_idx", "layer_id", "layer_number")
-
-
-def cka_matrix(
-    model: nn.Module, names: list[str], data: Dataset, *, batch_size: int = 64, estimator: Estimator = "unbiased"
-) -> Tensor:
-    """Return the CKA of the outputs of some modules, all pairs, from one sweep over `data`.
-
-    Args:
-        model: the network; it is not changed.
-        names: the modules, in order.
-        data: calibration examples; a last batch of fewer than 4 is left out.
-        batch_size: examples per Gram matrix.
-        estimator: see `secateurs.similarity`.
-
-    Returns:
-        Shape `(L, L)`, float64.
-    """
-    accumulator = CkaAccumulator(names, estimator)
-    taps = {name: accumulator.tap(name) for name in names}
-    sweep(model, data, taps, batch_size=batch_size, after_batch=accumulator.end_batch)
-    return accumulator.compute()
+__all__ = ["CkaCluster", "neighbours", "plan_clusters"]
 
 
 def plan_clusters(
@@ -90,26 +63,15 @@ def plan_clusters(
     return Plan(edits=edits), skipped
 
 
-def renumbered(model: nn.Module, plan: Plan) -> Plan:
-    """Return the edits that close the gaps in the numbers that layers of a list know of themselves (`layer_idx`), which address caches."""
-    dropped = {path for edit in plan.of(DropBlock) for path in edit.paths}
-    edits = []
-    for name, layers in model.named_modules():
-        if not isinstance(layers, nn.ModuleList) or not any(path.rpartition(".")[0] == name for path in dropped):
-            continue
-        left = 0
-        for position, layer in enumerate(layers):
-            path = f"{name}.{position}"
-            if path in dropped or isinstance(layer, Bypass):
-                continue
-            for inner, module in layer.named_modules(prefix=path):
-                for attribute in _NUMBERS:
-                    number = getattr(module, attribute, None)
-                    if isinstance(number, int) and number != left and number <= position:
-                        why = f"{position - left} layers before it are gone"
-                        edits.append(SetAttribute(module=inner, name=attribute, value=left, reason=why))
-            left += 1
-    return Plan(edits=tuple(edits))
+def neighbours(blocks: Sequence[Block], plan: Plan) -> tuple[str, ...]:
+    """Return the blocks that are left right before and right after each run of dropped blocks, in order of execution."""
+    dropped = {edit.path for edit in plan.of(DropBlock)}
+    near = set()
+    for index, block in enumerate(blocks):
+        if block.path in dropped:
+            near.add(next((other.path for other in blocks[index::-1] if other.path not in dropped), None))
+            near.add(next((other.path for other in blocks[index:] if other.path not in dropped), None))
+    return tuple(path for block in blocks if block.path in near for path in block.paths)
 
 
 class CkaCluster(Pass):
@@ -125,7 +87,7 @@ class CkaCluster(Pass):
         self._rounds = 0
         self._removed = 0
         self._proposed = 0
-        self._measured: tuple[nn.Module, list[Block], Tensor] | None = None
+        self._measured: tuple[nn.Module, list[Block], Similarity] | None = None
 
     def requires(self, context: Context) -> None:
         """Check for validation data, which decides each round."""
@@ -141,29 +103,40 @@ class CkaCluster(Pass):
         settings = self.settings
         if self._rounds >= settings.max_rounds or self._left() == 0:
             return Proposal(Plan())
-        blocks, similarity = self._measure(context)
-        skipped = [Skipped(where=block.path, reason=block.reason) for block in blocks if not block.removable]
+        live, similarity = self._measure(context)
+        skipped = [Skipped(where=block.path, reason=block.reason) for block in live if not block.removable]
+        skipped += similarity.skipped
+        blocks = list(similarity.blocks)
         while self._granularity <= settings.max_granularity and blocks:
             plan, blocked = plan_clusters(
-                similarity, blocks, threshold=settings.threshold, granularity=self._granularity, max_blocks=self._left()
+                similarity.cka,
+                blocks,
+                threshold=settings.threshold,
+                granularity=self._granularity,
+                max_blocks=self._left(),
             )
+            skipped += blocked
             if plan:
                 self._proposed = len(plan)
-                plan += renumbered(context.model, plan)
-                known = {item.where: item for item in (*skipped, *blocked)}
-                return Proposal(
-                    plan,
-                    tuple(known.values()),
-                    consumers=self._consumers(context, plan),
-                    recovery_epochs=settings.recovery_epochs,
-                    tolerance=settings.tolerance,
-                    recalibrate=True,
-                    details=self._details(blocks, similarity),
-                )
-            skipped += blocked
+                return self._round(context, live, plan, skipped, self._details(similarity))
             self._granularity += 1
+        return Proposal(Plan(), _last_words(skipped), details=self._details(similarity))
+
+    def _round(
+        self, context: Context, live: Sequence[Block], plan: Plan, skipped: Sequence[Skipped], details: dict[str, Any]
+    ) -> Proposal:
+        settings = self.settings
+        trainable = neighbours(live, plan) if settings.freeze else ()
+        refitted = layers_after(context.model, context.example, plan) if settings.refit == "dense" else ()
         return Proposal(
-            Plan(), tuple({item.where: item for item in skipped}.values()), details=self._details(blocks, similarity)
+            plan + renumbered(context.model, plan),
+            _last_words(skipped),
+            consumers=refitted,
+            recovery_epochs=0 if settings.freeze and not trainable else settings.recovery_epochs,
+            tolerance=settings.tolerance,
+            recalibrate=True,
+            trainable=trainable,
+            details=details,
         )
 
     def answer(self, accepted: bool) -> None:
@@ -178,47 +151,25 @@ class CkaCluster(Pass):
     def _left(self) -> int | None:
         return None if self.settings.max_blocks is None else self.settings.max_blocks - self._removed
 
-    def _measure(self, context: Context) -> tuple[list[Block], Tensor]:
+    def _measure(self, context: Context) -> tuple[list[Block], Similarity]:
         if self._measured is None or self._measured[0] is not context.model:
-            blocks = [
-                block
-                for block in find_blocks(context.model, context.example, context.describe_blocks)
-                if not isinstance(context.model.get_submodule(block.path), (nn.Identity, Bypass))
-            ]
-            names = [block.path for block in blocks]
-            similarity = torch.zeros(0, 0)
-            if names:
-                similarity = cka_matrix(
-                    context.model,
-                    names,
-                    context.calibration,
-                    batch_size=self.settings.batch_size,
-                    estimator=self.settings.estimator,
-                )
+            blocks = live_blocks(context)
+            similarity = block_similarity(
+                context, blocks, batch_size=self.settings.batch_size, estimator=self.settings.estimator
+            )
             self._measured = (context.model, blocks, similarity)
         return self._measured[1], self._measured[2]
 
-    @staticmethod
-    def _consumers(context: Context, plan: Plan) -> tuple[str, ...]:
-        """Return every layer that runs after the first dropped block, outside the dropped blocks."""
-        dropped = [path for edit in plan.of(DropBlock) for path in edit.paths]
-        order = [
-            name
-            for name in execution_order(context.model, context.example)
-            if refittable(context.model.get_submodule(name))
-        ]
-        inside = [
-            index
-            for index, name in enumerate(order)
-            if any(name == path or name.startswith(path + ".") for path in dropped)
-        ]
-        after = order[min(inside) :] if inside else []
-        return tuple(name for name in after if not any(name == path or name.startswith(path + ".") for path in dropped))
-
-    def _details(self, blocks: list[Block], similarity: Tensor) -> dict[str, Any]:
+    def _details(self, similarity: Similarity) -> dict[str, Any]:
+        cka = similarity.cka
         return {
-            "blocks": [block.path for block in blocks],
-            "cka": [[round(value, 6) for value in row] for row in similarity.tolist()],
-            "clusters": anchored_clusters(similarity.numpy(), self.settings.threshold) if blocks else [],
+            "blocks": [block.path for block in similarity.blocks],
+            "cka": [[round(value, 6) for value in row] for row in cka.tolist()],
+            "clusters": anchored_clusters(cka.numpy(), self.settings.threshold) if similarity.blocks else [],
             "granularity": self._granularity,
         }
+
+
+def _last_words(skipped: Sequence[Skipped]) -> tuple[Skipped, ...]:
+    """Return one reason for each block, the one that was found last."""
+    return tuple({item.where: item for item in skipped}.values())
