@@ -16,7 +16,6 @@ and onnxruntime only.
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import sys
 import tempfile
@@ -205,12 +204,8 @@ def _profile(request: Mapping[str, Any]) -> Mapping[str, Any]:
             Path(request["file"]), _options(request, memory_pattern=False, profile=Path(folder) / "profile")
         )
         _run(session, request, 1)
-        events = json.loads(session.end_profiling().read_text(encoding="utf-8"))
-    peaks = [
-        int(event["args"].get("mem_in_use_peak", -1))
-        for event in events
-        if event.get("cat") == "Node" and "args" in event
-    ]
+        nodes = session.end_profiling()
+    peaks = [int(node.get("mem_in_use_peak", -1)) for node in nodes]
     return {"peak": max((peak for peak in peaks if peak >= 0), default=None)}
 
 

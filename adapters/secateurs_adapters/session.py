@@ -7,6 +7,7 @@ assigned to.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,10 @@ class SessionOptions:
         memory_arena: allocate CPU tensors from an arena (onnxruntime's default).
         profile: prefix of the profile that the session writes; None profiles nothing.
         record_assignment: remember which provider each node was assigned to.
+        optimise: rewrite the graph for the provider (onnxruntime's default); off for a graph that was rewritten before.
+        optimised: where to write the graph as the session really runs it; it fits this provider on this machine only.
+        dimensions: sizes of symbolic dimensions.
+        prepack: rearrange constant weights when the session is built (onnxruntime's default).
     """
 
     provider: str = CPU
@@ -86,11 +91,15 @@ class SessionOptions:
     memory_arena: bool = True
     profile: Path | None = None
     record_assignment: bool = False
+    optimise: bool = True
+    optimised: Path | None = None
+    dimensions: Mapping[str, int] = field(default_factory=dict)
+    prepack: bool = True
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, element type and shape of a graph input; a symbolic dimension is its name, an unknown one None."""
+    """Name, element type and shape of a graph input or output; a symbolic dimension is its name, an unknown one None."""
 
     name: str
     dtype: np.dtype[Any]
@@ -167,6 +176,14 @@ class Session:
             counts[part.ep_name] = counts.get(part.ep_name, 0) + len(part.get_nodes())
         return counts
 
+    def output_specs(self) -> tuple[TensorSpec, ...]:
+        """Return element type and shape of every graph output, as onnxruntime infers them.
+
+        Raises:
+            DataError: an output is not a tensor of numbers.
+        """
+        return tuple(_spec(value, self.path, "output") for value in self._session.get_outputs())
+
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once and return every output by name.
 
@@ -207,9 +224,12 @@ class Session:
 
         return run
 
-    def end_profiling(self) -> Path:
-        """Stop profiling and return the file that holds the profile."""
-        return Path(self._session.end_profiling())
+    def end_profiling(self) -> list[dict[str, Any]]:
+        """Stop profiling and return the figures of every node that ran, in order: `output_size`, `mem_in_use_peak` and others, as text."""
+        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        return [
+            event["args"] for event in events if event.get("cat") == "Node" and "output_size" in event.get("args", {})
+        ]
 
     def feeds(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the inputs that the graph has, in its element types; others are left out.
@@ -299,18 +319,26 @@ def _native_options(options: SessionOptions) -> Any:
     native.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if options.record_assignment:
         native.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if not options.optimise:
+        native.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if not options.prepack:
+        native.add_session_config_entry("session.disable_prepacking", "1")
+    if options.optimised is not None:
+        native.optimized_model_filepath = str(options.optimised)
+    for name, size in options.dimensions.items():
+        native.add_free_dimension_override_by_name(name, size)
     if options.profile is not None:
         native.enable_profiling = True
         native.profile_file_prefix = str(options.profile)
     return native
 
 
-def _spec(value: Any, path: Path) -> TensorSpec:
+def _spec(value: Any, path: Path, kind: str = "input") -> TensorSpec:
     if value.type not in _DTYPES:
         allowed = ", ".join(sorted(_DTYPES))
         raise DataError(
-            f"input {value.name!r} of {path.name!r} is {value.type}; allowed are {allowed}. Export it with another "
-            "input type."
+            f"{kind} {value.name!r} of {path.name!r} is {value.type}; allowed are {allowed}. Export it with another "
+            f"{kind} type."
         )
     return TensorSpec(str(value.name), np.dtype(_DTYPES[value.type]), tuple(value.shape))
 
