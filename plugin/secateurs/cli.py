@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from secateurs import hookimpl
+from secateurs import hookimpl, processes
 from secateurs.errors import PluginError, SecateursError, UserError
 from secateurs.manager import Manager, PluginWarning, create_manager
 from secateurs.tables import figure_rows
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build_app", "main", "progress_bar", "report_table"]
 
-_out = Console()
+_out = Console(quiet=not processes.is_main())
 _err = Console(stderr=True)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to do.")]
@@ -67,11 +67,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(error: BaseException, code: int, debug: bool) -> int:
+    if isinstance(error, UserError) and not processes.is_main():
+        return code  # every process finds what the user got wrong; the main one says it
     if debug:
         traceback.print_exception(error)
     unforeseen = f"the run failed: {type(error).__name__}: {error}. `--debug` shows where."
     text = str(error) if isinstance(error, SecateursError) else unforeseen
-    _err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+    where = "" if processes.is_main() else f"process {processes.rank()}: "
+    _err.print(f"[bold red]error:[/] {escape(where + text)}", soft_wrap=True)
     return code
 
 
@@ -149,11 +152,12 @@ def _run(
         else:
             report = runner.run(prepared, output, resume=resume, overwrite=overwrite)
     if dry_run:
-        _print_plan(outcome, prepared, as_json)
+        if processes.is_main():
+            _print_plan(outcome, prepared, as_json)
         return 0 if outcome.plan.removes and not outcome.shortfalls else 1
-    if as_json:
+    if as_json and processes.is_main():
         sys.stdout.write(report.to_json())
-    else:
+    elif not as_json:
         _print_report(report, output)
     return 0 if report.verdict == "pass" else 1
 
@@ -303,23 +307,35 @@ def _short(value: object) -> str:
 @contextmanager
 def progress_bar(manager: Manager) -> Iterator[Any]:
     """Show a bar on the terminal while a block works, fed by the hook `secateurs_progress`; silent where there is no terminal."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
+        MofNCompleteColumn(),
         TextColumn("{task.fields[detail]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=_err,
         transient=True,
-        disable=not _err.is_terminal,
+        disable=not (_err.is_terminal and processes.is_main()),
     )
     plugin = _Bar(bar)
     manager.register(plugin, name="secateurs-progress-bar")
     try:
         with bar:
-            yield lambda event: manager.hook.secateurs_progress(event=event)
+            yield (
+                (lambda event: manager.hook.secateurs_progress(event=event))
+                if processes.is_main()
+                else (lambda _: None)
+            )
     finally:
         manager.unregister(plugin)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ from secateurs.manager import Manager, create_manager
 from secateurs.passes.base import Context, Pass, Proposal
 from secateurs.plan import Plan
 from secateurs.proof import environment
+from secateurs.recalibration import recalibrate
 from secateurs.recipe import PassSpec, parse_pass, settings_from
-from secateurs.recovery import recalibrate, train
+from secateurs.recovery import train
 from secateurs.refit import refit
 from secateurs.report import Certificate, PassRecord, Ratios, Report, Side, Skipped, write_text
 from secateurs.settings import RecoverySettings
@@ -246,12 +248,34 @@ def _mend(
     if proposal.recalibrate:
         done["recalibrated"] = recalibrate(candidate, dense, session.roles.calibration, held_out)
     if proposal.recovery_epochs:
-        recover(session, candidate, session.recovery.model_copy(update={"epochs": proposal.recovery_epochs}), name)
+        epochs = session.recovery.model_copy(update={"epochs": proposal.recovery_epochs})
+        with _only(candidate, proposal.trainable):
+            recover(session, candidate, epochs, name)
     return candidate, done
 
 
-def recover(session: Session, model: nn.Module, settings: RecoverySettings, name: str = "recovery") -> nn.Module:
-    """Train `model` in place on the training role, towards labels and, if asked, the baseline.
+@contextmanager
+def _only(model: nn.Module, trainable: Sequence[str]) -> Iterator[None]:
+    """Let only the parameters of some modules be trained for the length of a block; without names, all that may be."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    chosen = {id(parameter) for path in trainable for parameter in model.get_submodule(path).parameters()}
+    try:
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted and (not trainable or id(parameter) in chosen))
+        yield
+    finally:
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
+
+
+def recover(
+    session: Session,
+    model: nn.Module,
+    settings: RecoverySettings,
+    name: str = "recovery",
+    checkpoint: Path | None = None,
+) -> nn.Module:
+    """Train `model` in place on the training role, towards labels and, if asked, the baseline; `checkpoint` as in `train`.
 
     Raises:
         DataError: there is no training role.
@@ -268,6 +292,7 @@ def recover(session: Session, model: nn.Module, settings: RecoverySettings, name
         evaluate=session.evaluate,
         seed=session.seed,
         progress=lambda done, total, word: session.progress(ProgressEvent(name, done, total, word)),
+        checkpoint=checkpoint,
     )
 
 

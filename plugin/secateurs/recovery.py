@@ -1,25 +1,58 @@
-"""Recovery: the only place that trains a network. A plain loop: AdamW, one-cycle cosine schedule, optional distillation, best epoch kept.
+"""Recovery: the only place that trains a network. AdamW, one-cycle cosine schedule, optional distillation, best epoch kept.
 
-Also the recalibration of BatchNorm statistics, which needs no gradients.
+The loop is written once; `secateurs.loops` runs it in one process or, through Hugging Face accelerate, in mixed precision and in several.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
+from secateurs import processes, training_state
 from secateurs.data import Dataset
-from secateurs.errors import SecateursError
-from secateurs.forward import call, device_of, frozen_randomness, inference, kl_divergence, logits, predict
+from secateurs.errors import RecipeError, SecateursError
+from secateurs.forward import call, device_of, inference, logits
+from secateurs.loops import Loop, check_loop, open_loop
 from secateurs.settings import RecoverySettings
+from secateurs.training_state import TrainingState
 
-__all__ = ["recalibrate", "train"]
+__all__ = ["check_settings", "train"]
+
+IGNORED = -100
+"""The label that PyTorch's cross entropy leaves out."""
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def check_settings(settings: RecoverySettings, model: nn.Module, *, evaluated: bool) -> None:
+    """Check that a training can be carried out here, before anything is trained.
+
+    Args:
+        settings: of the training.
+        model: the network, for its device and its layers.
+        evaluated: whether there is a metric on validation data.
+
+    Raises:
+        UserError: something that the settings ask for is missing; the message says what.
+    """
+    check_loop(settings, device_of(model))
+    if settings.patience is not None and not evaluated:
+        raise RecipeError(
+            f"`recovery.patience: {settings.patience}` needs a metric on validation data; give labelled data, `evaluate`, or leave it out."
+        )
+    if settings.batch_size < (smallest := _smallest(model)):
+        raise RecipeError(
+            f"`recovery.batch_size: {settings.batch_size}` cannot train a network with BatchNorm; give at least {smallest}."
+        )
 
 
 def train(
@@ -31,71 +64,172 @@ def train(
     evaluate: Callable[[nn.Module], float] | None = None,
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
+    checkpoint: Path | None = None,
 ) -> nn.Module:
     r"""Train `model` in place and return it with the best weights seen.
 
     The loss is $(1-a)\,\mathrm{CE} + a\,T^2\,\mathrm{KL}(\mathrm{teacher}_T \,\|\, \mathrm{model}_T)$ with $a = \tfrac12$ where there are
-    both labels and a teacher.
+    both labels and a teacher. A step takes `gradient_accumulation` times `batch_size` examples and the gradient of their mean loss, in however
+    many micro-batches and processes. Under a launcher (`accelerate launch`, `torchrun`) every process must call this with the same arguments.
 
     Args:
-        model: the network; `requires_grad` decides what is trained, and modes come out as they went in.
+        model: the network; `requires_grad` decides what is trained, BatchNorm statistics included, and modes come out as they went in.
         data: training examples.
         settings: of the training.
         teacher: the dense network to learn from; None learns from labels alone.
         evaluate: metric on validation data, higher is better; the starting point counts as an epoch. None keeps the last epoch.
-        seed: of the order of examples.
+        seed: of the order of examples and of dropout.
         progress: called with the steps done, their total and a word.
+        checkpoint: a folder that keeps the state after every epoch. A later call with the same arguments goes on from there, to the same
+            weights; the state of another training is ignored.
 
     Raises:
+        UserError: the settings ask for what is not there.
         SecateursError: there is nothing to learn from, or the loss is not finite.
     """
     if data.labels is None and teacher is None:
         raise SecateursError(
             "recovery has neither labels nor a teacher to learn from; give training labels, or set `distill: true`."
         )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained or settings.epochs == 0:
+    if settings.epochs == 0 or not any(parameter.requires_grad for parameter in model.parameters()):
         return model
-    steps = math.ceil(len(data) / settings.batch_size) * settings.epochs
-    optimiser = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _cosine(step, steps))
-    best, kept = (_value(model, evaluate), copy.deepcopy(model.state_dict())) if evaluate is not None else (0.0, None)
-    step = 0
-    with frozen_randomness(seed), _training_mode(model):
-        for epoch in range(settings.epochs):
-            order = torch.randperm(len(data)).numpy()
-            for batch in data.take(order).batches(settings.batch_size):
-                if len(batch) < 2:
-                    continue  # BatchNorm cannot train on a single example
-                optimiser.zero_grad(set_to_none=True)
-                loss = _loss(model, teacher, batch, settings)
-                if not bool(loss.isfinite()):
-                    raise SecateursError(
-                        f"the recovery loss is {float(loss.detach())} at step {step}; lower `recovery.learning_rate`."
-                    )
-                loss.backward()
-                nn.utils.clip_grad_norm_(trained, 1.0)
-                optimiser.step()
-                schedule.step()
-                step += 1
-                if progress is not None:
-                    progress(step, steps, f"loss {float(loss.detach()):.4f}")
-            if evaluate is not None:
-                score = _value(model, evaluate)
-                if score >= best:
-                    best, kept = score, copy.deepcopy(model.state_dict())
-                if progress is not None:
-                    progress(step, steps, f"epoch {epoch + 1}: {score:.4f}")
-    if kept is not None:
-        model.load_state_dict(kept)
-    optimiser.zero_grad(set_to_none=True)
+    check_settings(settings, model, evaluated=evaluate is not None)
+    with open_loop(settings, model, *([] if teacher is None else [teacher])) as loop:
+        task = _Task(model, data, settings, teacher, evaluate, seed, progress or (lambda *_: None), loop)
+        with _seeded(device_of(model)), _training_mode(model):
+            try:
+                _run(task, checkpoint)
+            finally:
+                model.zero_grad(set_to_none=True)
     return model
 
 
-def _value(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
-    """Evaluate in evaluation mode: a caller's function need not set it, and must not change BatchNorm statistics."""
-    with inference(model):
-        return evaluate(model)
+@dataclass(frozen=True)
+class _Task:
+    """What stays the same during one training; as the arguments of `train`."""
+
+    model: nn.Module
+    data: Dataset
+    settings: RecoverySettings
+    teacher: nn.Module | None
+    evaluate: Callable[[nn.Module], float] | None
+    seed: int
+    progress: Callable[[int, int, str], None]
+    loop: Loop
+
+    @cached_property
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @cached_property
+    def smallest(self) -> int:
+        return _smallest(self.model)
+
+    @property
+    def per_step(self) -> int:
+        return self.settings.batch_size * self.settings.gradient_accumulation
+
+    @cached_property
+    def steps(self) -> int:
+        """The steps of all epochs; what is left of an epoch counts if BatchNorm can train on it."""
+        whole, left = divmod(len(self.data), self.per_step)
+        return self.settings.epochs * (whole + (left >= self.smallest))
+
+    def value(self) -> float:
+        """Evaluate in evaluation mode: a caller's function need not set it, and must not change BatchNorm statistics."""
+        assert self.evaluate is not None
+        with inference(self.model):
+            return self.loop.agree(self.evaluate(self.model))
+
+
+def _run(task: _Task, checkpoint: Path | None) -> None:
+    """Train all epochs that are left, and leave the best weights."""
+    settings, model = task.settings, task.model
+    optimiser = torch.optim.AdamW(task.trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    key = "" if checkpoint is None else _key(task)
+    found = None if checkpoint is None else training_state.read(checkpoint, key, model, task.trained)
+    task.loop.prepare(optimiser)
+    task.loop.share(model, repr((settings, task.seed, len(task.data))))
+    finished = found.state.epoch if found else 0
+    everywhere = task.loop.least(finished) == finished
+    if found is not None and everywhere:
+        state = found.apply(model, optimiser, task.loop)
+    else:
+        state = TrainingState()
+        if task.evaluate is not None:
+            state.best, state.kept = task.value(), training_state.snapshot(model)
+    orders = torch.Generator().manual_seed(task.seed)
+    for epoch in range(settings.epochs):
+        order = torch.randperm(len(task.data), generator=orders).numpy()
+        if epoch < state.epoch:
+            continue
+        if settings.patience is not None and state.stale >= settings.patience:
+            task.progress(state.step, state.step, f"no better for {state.stale} epochs: stopped after {epoch}")
+            break
+        # Dropout of an epoch depends on seed and epoch alone, so that a resumed training draws the same; every process draws its own.
+        torch.manual_seed(task.seed + epoch * task.loop.processes + task.loop.rank)
+        _epoch(task, optimiser, order, state)
+        _judge(task, state)
+        if checkpoint is not None and processes.is_main():
+            training_state.write(checkpoint, key, state, model, optimiser, task.loop)
+    training_state.restore(model, state.kept)
+
+
+def _key(task: _Task) -> str:
+    """Return a hash of all that the result depends on; the loop is left out, because it changes nothing."""
+    settings = task.settings.model_dump_json(exclude={"loop"})
+    return training_state.digest(
+        task.model, task.teacher, task.data, settings, task.seed, task.evaluate is not None, torch.__version__
+    )
+
+
+def _epoch(task: _Task, optimiser: torch.optim.Optimizer, order: np.ndarray, state: TrainingState) -> None:
+    """Train on every example once, in the given order."""
+    for start in range(0, len(order), task.per_step):
+        batch = task.data.take(order[start : start + task.per_step])
+        if len(batch) < task.smallest:
+            continue
+        for group in optimiser.param_groups:
+            group["lr"] = task.settings.learning_rate * _cosine(state.step, task.steps)
+        optimiser.zero_grad(set_to_none=True)
+        loss = _gradients(task, batch)
+        if not math.isfinite(loss):
+            raise SecateursError(f"the recovery loss is {loss} at step {state.step}; lower `recovery.learning_rate`.")
+        task.loop.step(task.trained)
+        state.step += 1
+        task.progress(state.step, task.steps, f"loss {loss:.4f}")
+    state.epoch += 1
+    task.loop.level(task.model)
+
+
+def _gradients(task: _Task, batch: Dataset) -> float:
+    """Leave the gradients of the mean loss over the examples of a step, and return that loss."""
+    total = torch.zeros((), device=device_of(task.model))
+    for indices in task.loop.parts(len(batch), task.settings.batch_size, task.smallest):
+        part = batch if len(indices) == len(batch) else batch.take(indices)
+        with task.loop.autocast():
+            loss = _loss(task.model, task.teacher, part, task.settings, batch)
+        task.loop.backward(loss)
+        total += loss.detach()
+    return task.loop.combine(task.trained, total)
+
+
+def _judge(task: _Task, state: TrainingState) -> None:
+    """Keep the weights if they are the best so far; of equals, the last."""
+    if task.evaluate is None:
+        return
+    score, best = task.value(), state.best
+    assert best is not None
+    state.stale = 0 if score > best else state.stale + 1
+    if score >= best:
+        state.best, state.kept = score, training_state.snapshot(task.model)
+    task.progress(state.step, task.steps, f"epoch {state.epoch}: {score:.4f}")
+
+
+def _smallest(model: nn.Module) -> int:
+    """Return how many examples a forward pass needs: a BatchNorm that learns cannot train on a single one."""
+    norms = (name for name, module in model.named_modules() if isinstance(module, _NORMS))
+    return 2 if any(_learns(model, name) for name in norms) else 1
 
 
 def _cosine(step: int, steps: int) -> float:
@@ -104,25 +238,43 @@ def _cosine(step: int, steps: int) -> float:
     return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _loss(model: nn.Module, teacher: nn.Module | None, batch: Dataset, settings: RecoverySettings) -> Tensor:
+def _loss(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    batch: Dataset,
+    settings: RecoverySettings,
+    whole: Dataset | None = None,
+) -> Tensor:
+    """Return the share of `batch` in the mean loss over `whole`; without one, the mean over the batch."""
+    whole = whole or batch
     prediction = logits(call(model, batch))
     flat = prediction.reshape(-1, prediction.shape[-1])
+    if flat.dtype in (torch.float16, torch.bfloat16):
+        flat = flat.float()
     terms: list[Tensor] = []
-    if batch.labels is not None:
-        labels = torch.as_tensor(batch.labels, device=device_of(model)).reshape(-1)
-        terms.append(F.cross_entropy(flat, labels))
+    if batch.labels is not None and whole.labels is not None:
+        labels = torch.as_tensor(batch.labels, device=flat.device).reshape(-1)
+        counted = max(1, int((whole.labels != IGNORED).sum()))
+        terms.append(F.cross_entropy(flat, labels, ignore_index=IGNORED, reduction="sum") / counted)
     if teacher is not None:
         with inference(teacher):
             target = logits(call(teacher, batch)).reshape(-1, prediction.shape[-1])
         temperature = settings.temperature
         divergence = F.kl_div(
             F.log_softmax(flat / temperature, -1),
-            F.log_softmax(target / temperature, -1),
+            F.log_softmax(target.to(flat) / temperature, -1),
             log_target=True,
             reduction="batchmean",
         )
-        terms.append(temperature**2 * divergence)
+        terms.append(temperature**2 * divergence * (len(batch) / len(whole)))
     return torch.stack(terms).mean()
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """Put the random generators of the CPU and of `device` back after a block, which seeds them."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
 
 @contextmanager
@@ -130,54 +282,17 @@ def _training_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.train()
+        for name, module in model.named_modules():
+            if isinstance(module, _NORMS) and not _learns(model, name):
+                module.eval()
         yield
     finally:
         for module, training in modes:
             module.training = training
 
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
-def recalibrate(
-    model: nn.Module, dense: nn.Module, calibration: Dataset, held_out: Dataset, *, batch_size: int = 128
-) -> bool:
-    """Re-estimate the running statistics of every BatchNorm in place, and keep them only if the held-out divergence falls.
-
-    Args:
-        model: the pruned network.
-        dense: the network whose predictions it should keep.
-        calibration: examples for the statistics.
-        held_out: other examples, for the decision.
-        batch_size: examples per forward pass.
-
-    Returns:
-        Whether the new statistics were kept.
-    """
-    norms = [module for module in model.modules() if isinstance(module, _NORMS) and module.track_running_stats]
-    if not norms:
-        return False
-    reference = predict(dense, held_out)
-    before = kl_divergence(reference, predict(model, held_out))
-    saved = [(norm, norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average over the batches
-            norm.train()
-        with torch.no_grad():
-            for batch in calibration.batches(batch_size):
-                if len(batch) > 1:
-                    call(model, batch)
-    finally:
-        for norm, momentum, _ in saved:
-            norm.momentum = momentum
-        for module, training in modes:
-            module.training = training
-    if kl_divergence(reference, predict(model, held_out)) < before:
-        return True
-    for norm, _, state in saved:
-        norm.load_state_dict(state)
-    return False
+def _learns(model: nn.Module, path: str) -> bool:
+    """Tell whether a module, or the nearest one around it that has parameters, has any to train."""
+    while path and next(model.get_submodule(path).parameters(), None) is None:
+        path = path.rpartition(".")[0]
+    return any(parameter.requires_grad for parameter in model.get_submodule(path).parameters())

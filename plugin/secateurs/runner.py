@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateurs import checkpoint, cost
+from secateurs import checkpoint, cost, processes
 from secateurs.data import Dataset, resolve_roles
 from secateurs.errors import DataError, ModelError, RecipeError, UserError
 from secateurs.forward import call, inference, output_tensors, predict
@@ -29,6 +29,7 @@ from secateurs.pipeline import Outcome, Session, build_pass, recover, run_passes
 from secateurs.plan import Plan
 from secateurs.proof import Structure, prove
 from secateurs.recipe import DataSpec, Recipe, load_recipe, settings_from
+from secateurs.recovery import check_settings
 from secateurs.report import PassRecord, Report, write_text
 from secateurs.settings import TargetSettings
 from secateurs.tables import figure_rows
@@ -100,11 +101,14 @@ def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent]
             "`budget.accuracy_drop` needs an `evaluation` role in `data`; it is never cut from calibration."
         )
     model = _load_model(recipe, manager, roles.calibration)
+    evaluate = _evaluator(metric, roles.validation)
+    if trains:
+        check_settings(recipe.recovery, model, evaluated=evaluate is not None)
     session = Session(
         baseline=model,
         roles=roles,
         cost_models=lambda name: registries.cost_models[name].load(),
-        evaluate=_evaluator(metric, roles.validation),
+        evaluate=evaluate,
         recovery=recipe.recovery,
         describe_blocks=lambda network: manager.hook.secateurs_describe_blocks(model=network),
         describe_attention=lambda module: manager.hook.secateurs_describe_attention(module=module),
@@ -162,6 +166,8 @@ def _evaluator(metric: Metric, validation: Dataset | None) -> Callable[[nn.Modul
 def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bool = False) -> Report:
     """Run a recipe and write the whole output folder.
 
+    Of several processes, all run the passes and share the training; the main one writes and measures, and all return its report.
+
     Args:
         prepared: from `prepare`.
         output: the folder; new or empty, unless `resume` or `overwrite` says otherwise.
@@ -173,7 +179,7 @@ def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bo
     """
     began = time.perf_counter()
     recipe, session = prepared.recipe, prepared.session
-    finished = _open_folder(output, recipe, resume=resume, overwrite=overwrite)
+    finished = _on_main(lambda: _open_folder(output, recipe, resume=resume, overwrite=overwrite))
     if finished is not None:
         return finished
     start = _load_state(output, recipe, session)
@@ -182,18 +188,29 @@ def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bo
     )
     model = copy.deepcopy(outcome.model)
     if recipe.recovery.epochs and outcome.plan.removes:
-        recover(session, model, recipe.recovery)
-    report = _prove(prepared, outcome, model, output)
+        recover(session, model, recipe.recovery, checkpoint=output / STATE / "recovery")
+    report = _on_main(lambda: _prove(prepared, outcome, model, output))
+    assert report is not None
     report.notes += session.roles.notes
     report.passes = list(outcome.records)
     report.seconds = time.perf_counter() - began
-    checkpoint.save(model, outcome.plan, output)
-    write_text(output / "recipe.yaml", recipe.to_yaml())
-    write_text(output / "README.md", model_card(report, recipe))
-    write_text(output / "report.json", report.to_json())
-    prepared.manager.hook.secateurs_after_run(report=report, folder=output)
-    shutil.rmtree(output / STATE, ignore_errors=True)
+    if processes.is_main():
+        checkpoint.save(model, outcome.plan, output)
+        write_text(output / "recipe.yaml", recipe.to_yaml())
+        write_text(output / "README.md", model_card(report, recipe))
+        write_text(output / "report.json", report.to_json())
+        prepared.manager.hook.secateurs_after_run(report=report, folder=output)
+        shutil.rmtree(output / STATE, ignore_errors=True)
     return report
+
+
+def _on_main(make: Callable[[], Report | None]) -> Report | None:
+    """Let the main process write or measure, and return what it found in every process."""
+    return processes.from_main(
+        make,
+        write=lambda report: "" if report is None else report.to_json(),
+        read=lambda text: Report.model_validate_json(text) if text else None,
+    )
 
 
 def dry_run(prepared: Prepared) -> Outcome:
@@ -281,6 +298,8 @@ def _digest_of_finished(output: Path) -> str | None:
 
 def _save_state(output: Path, recipe: Recipe, outcome: Outcome) -> None:
     """Keep what a resumed run needs; the file that names the state is written last."""
+    if not processes.is_main():
+        return
     number = len(outcome.records)
     checkpoint.save(outcome.model, outcome.plan, output / STATE / f"pass{number}")
     body: dict[str, Any] = {

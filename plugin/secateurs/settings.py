@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 __all__ = [
     "BlockInfluenceSettings",
@@ -197,10 +197,34 @@ class RecoverySettings(PassSettings):
 
     epochs: int = Field(0, ge=0, description="0 trains nothing")
     learning_rate: float = Field(1e-3, gt=0, description="peak of the cosine schedule (AdamW)")
-    batch_size: int = Field(64, ge=1, description="examples per step")
+    batch_size: int = Field(64, ge=1, description="examples per forward pass, over all processes")
     weight_decay: float = Field(1e-4, ge=0, description="of AdamW")
     distill: bool = Field(True, description="learn from the dense network's outputs beside the labels")
     temperature: float = Field(2.0, gt=0, description="of the distillation")
+    gradient_accumulation: int = Field(
+        1,
+        ge=1,
+        description="batches per step: their mean gradient is that of one large batch, in the memory of a small one",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop after this many epochs without a better metric on validation data; None trains all",
+    )
+    precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="mixed precision of the forward passes; needs accelerate (`secateurs[train]`)"
+    )
+    loop: Literal["auto", "plain", "accelerate"] = Field(
+        "auto",
+        description="`auto` trains through Hugging Face accelerate where it is installed; `plain` trains every process by itself; one process "
+        "in full precision gets the same weights from both",
+    )
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: object) -> object:
+        """Read YAML's bare `no`, which is false, as it was meant."""
+        return "no" if value is False else value
 
 
 class ExportSettings(PassSettings):

@@ -1,0 +1,59 @@
+"""Recalibration of BatchNorm statistics on calibration data: no gradients, and kept only where it helps."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from secateurs.data import Dataset
+from secateurs.forward import call, kl_divergence, predict
+
+__all__ = ["recalibrate"]
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def recalibrate(
+    model: nn.Module, dense: nn.Module, calibration: Dataset, held_out: Dataset, *, batch_size: int = 128
+) -> bool:
+    """Re-estimate the running statistics of every BatchNorm in place, and keep them only if the held-out divergence falls.
+
+    Args:
+        model: the pruned network.
+        dense: the network whose predictions it should keep.
+        calibration: examples for the statistics.
+        held_out: other examples, for the decision.
+        batch_size: examples per forward pass.
+
+    Returns:
+        Whether the new statistics were kept.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _NORMS) and module.track_running_stats]
+    if not norms:
+        return False
+    reference = predict(dense, held_out)
+    before = kl_divergence(reference, predict(model, held_out))
+    saved = [(norm, norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average over the batches
+            norm.train()
+        with torch.no_grad():
+            for batch in calibration.batches(batch_size):
+                if len(batch) > 1:
+                    call(model, batch)
+    finally:
+        for norm, momentum, _ in saved:
+            norm.momentum = momentum
+        for module, training in modes:
+            module.training = training
+    if kl_divergence(reference, predict(model, held_out)) < before:
+        return True
+    for norm, _, state in saved:
+        norm.load_state_dict(state)
+    return False
