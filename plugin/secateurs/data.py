@@ -25,6 +25,9 @@ DUPLICATES_ALLOWED = 0.01
 SMALLEST_CUT = 40
 """Fewer examples than this are not cut for validation: what is left of them could decide nothing."""
 
+POOL = 32
+"""Batches whose examples are sorted by length together, in a random order of examples of like lengths."""
+
 Array = npt.NDArray[np.generic]
 
 
@@ -37,12 +40,15 @@ class Dataset:
         labels: one label per example, or None.
         origin: what identifies the source and its split, for example `"digits:train"`; two roles with one origin share a source.
         keyword: call the network with the inputs by name instead of by position.
+        trims: leave out of every batch the last positions that are padding in all of its examples; for networks that this does not change
+            (`secateurs.forward.ignores_padding`).
     """
 
     inputs: Mapping[str, Array]
     labels: Array | None = None
     origin: str = ""
     keyword: bool = False
+    trims: bool = False
 
     def __post_init__(self) -> None:
         where = f"data set {self.origin!r}"
@@ -74,10 +80,50 @@ class Dataset:
         return replace(self, inputs=inputs, labels=None if self.labels is None else self.labels[index])
 
     def batches(self, size: int, *, drop_last: bool = False) -> Iterator[Dataset]:
-        """Yield consecutive batches of `size` examples; the last one may be smaller unless `drop_last`."""
+        """Yield consecutive batches of `size` examples, trimmed; the last one may be smaller unless `drop_last`."""
         stop = len(self) - size + 1 if drop_last else len(self)
         for start in range(0, stop, size):
-            yield self.take(np.arange(start, min(start + size, len(self))))
+            yield self.take(np.arange(start, min(start + size, len(self)))).trimmed()
+
+    def trimmed(self) -> Dataset:
+        """Return the examples without the last positions that are padding in all of them, where the data set `trims`."""
+        tokens = self.tokens
+        if not self.trims or tokens is None:
+            return self
+        longest = max(1, int(_lengths(tokens).max()))
+        if longest == tokens.shape[1]:
+            return self
+        cut = {name: array[:, :longest] for name, array in self.inputs.items() if array.shape[:2] == tokens.shape}
+        return replace(self, inputs={**self.inputs, **cut})
+
+    def by_length(self) -> npt.NDArray[np.int64]:
+        """Return the order in which batches have least padding: the longest first; as they are where nothing is trimmed."""
+        tokens = self.tokens
+        if not self.trims or tokens is None:
+            return np.arange(len(self))
+        return np.argsort(-_lengths(tokens), kind="stable")
+
+    def longest_first(self) -> Dataset:
+        """Return the examples in the order of `by_length`, for statistics that do not depend on their order."""
+        return self.take(self.by_length()) if self.trims else self
+
+    def like_lengths(self, order: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
+        """Return a random order of the examples in which each `size` in a row are about equally long; the given order where nothing is trimmed.
+
+        Args:
+            order: a random order of all examples. It alone decides, so that the same order gives the same batches.
+            size: examples per batch.
+        """
+        tokens = self.tokens
+        if not self.trims or tokens is None:
+            return order
+        lengths, place = _lengths(tokens), np.argsort(order)
+        pools = np.split(order, range(POOL * size, len(order), POOL * size))
+        ordered = np.concatenate([pool[np.argsort(-lengths[pool], kind="stable")] for pool in pools])
+        batches = np.split(ordered, range(size, len(ordered), size))
+        # The place of a batch's first example in the random order is as good as a draw; an incomplete batch stays last.
+        batches.sort(key=lambda batch: (len(batch) < size, place[batch[0]]))
+        return np.concatenate(batches)
 
     @property
     def tokens(self) -> npt.NDArray[np.bool_] | None:
@@ -93,6 +139,11 @@ class Dataset:
             for digest, row in zip(digests, array, strict=True):
                 digest.update(row.tobytes())
         return [digest.digest() for digest in digests]
+
+
+def _lengths(tokens: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Return the position behind the last token of each example, shape `(n,)`; 0 where all is padding."""
+    return np.where(tokens.any(1), tokens.shape[1] - tokens[:, ::-1].argmax(1), 0)
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateurs.data import Dataset
+from secateurs.data import Dataset, Roles
 
 __all__ = [
     "call",
     "frozen_randomness",
+    "ignores_padding",
     "inference",
     "kl_divergence",
     "logits",
@@ -22,7 +25,13 @@ __all__ = [
     "predict",
     "tensors",
     "to_dataset",
+    "trimming",
 ]
+
+LIKE_LENGTHS = 32
+"""Examples per forward pass, at the most, where batches are trimmed: more would differ in length."""
+PADDING_TOLERANCE = 1e-4
+"""Share of the largest prediction by which it may differ without padding: rounding, as products of other sizes are summed in another order."""
 
 
 def tensors(data: Dataset, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -95,7 +104,32 @@ def frozen_randomness(seed: int) -> Iterator[None]:
 def predict(model: nn.Module, data: Dataset, batch_size: int = 256) -> Tensor:
     """Return the network's prediction for every example, in evaluation mode."""
     with inference(model):
-        return torch.cat([logits(call(model, batch)).detach() for batch in data.batches(batch_size)])
+        if not data.trims:
+            return torch.cat([logits(call(model, batch)).detach() for batch in data.batches(batch_size)])
+        batches = data.longest_first().batches(min(batch_size, LIKE_LENGTHS))
+        found = torch.cat([logits(call(model, batch)).detach() for batch in batches])
+    return found[torch.as_tensor(np.argsort(data.by_length()), device=found.device)]
+
+
+def ignores_padding(model: nn.Module, data: Dataset) -> bool:
+    """Tell whether a network makes one prediction per example, and the same one without the last positions of padding.
+
+    Args:
+        model: the network; it is not changed.
+        data: examples; the shortest ones, with most padding, are tried.
+    """
+    few = replace(data, trims=True)
+    few = few.take(few.by_length()[-4:])
+    short = few.trimmed()
+    if short is few:
+        return False
+    with inference(model):
+        whole = logits(call(model, few))
+        try:
+            cut = logits(call(model, short))
+        except (RuntimeError, ValueError, IndexError, TypeError):  # a network of fixed length
+            return False
+    return cut.shape == whole.shape and float((cut - whole).abs().max()) <= PADDING_TOLERANCE * float(whole.abs().max())
 
 
 def kl_divergence(reference: Tensor, candidate: Tensor) -> float:
@@ -112,6 +146,14 @@ def kl_divergence(reference: Tensor, candidate: Tensor) -> float:
     q = torch.log_softmax(candidate.double(), -1)
     value = float((p.exp() * (p - q)).sum(-1).mean())
     return value if value == value else float("inf")
+
+
+def trimming(model: nn.Module, roles: Roles) -> Roles:
+    """Return the roles with batches that leave out common padding, where `model` ignores padding; the evaluation role stays as it is."""
+    if not ignores_padding(model, roles.calibration):
+        return roles
+    used = {name: getattr(roles, name) for name in ("calibration", "training", "validation")}
+    return replace(roles, **{name: replace(data, trims=True) for name, data in used.items() if data is not None})
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:

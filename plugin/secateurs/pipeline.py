@@ -23,7 +23,7 @@ from secateurs.blocks import Describe
 from secateurs.certificate import keep_certified
 from secateurs.data import Dataset, Roles, resolve_roles
 from secateurs.errors import DataError, SecateursError
-from secateurs.forward import kl_divergence, predict, to_dataset
+from secateurs.forward import kl_divergence, predict, to_dataset, trimming
 from secateurs.interfaces import CostModel, ProgressEvent, ratio
 from secateurs.manager import Manager, create_manager
 from secateurs.passes.base import Context, Pass, Proposal
@@ -376,7 +376,7 @@ def prune(
     baseline = copy.deepcopy(model).eval()
     session = Session(
         baseline=baseline,
-        roles=resolve_roles(pools, {}, seed, cut=("validation",)),
+        roles=trimming(baseline, resolve_roles(pools, {}, seed, cut=("validation",))),
         cost_models=lambda name: manager.registries.cost_models[name].load(),
         evaluate=evaluate,
         recovery=settings,

@@ -160,7 +160,7 @@ def _run(task: _Task, checkpoint: Path | None) -> None:
             state.best, state.kept = task.value(), training_state.snapshot(model)
     orders = torch.Generator().manual_seed(task.seed)
     for epoch in range(settings.epochs):
-        order = torch.randperm(len(task.data), generator=orders).numpy()
+        order = task.data.like_lengths(torch.randperm(len(task.data), generator=orders).numpy(), task.per_step)
         if epoch < state.epoch:
             continue
         if settings.patience is not None and state.stale >= settings.patience:
@@ -206,7 +206,7 @@ def _gradients(task: _Task, batch: Dataset) -> float:
     """Leave the gradients of the mean loss over the examples of a step, and return that loss."""
     total = torch.zeros((), device=device_of(task.model))
     for indices in task.loop.parts(len(batch), task.settings.batch_size, task.smallest):
-        part = batch if len(indices) == len(batch) else batch.take(indices)
+        part = (batch if len(indices) == len(batch) else batch.take(indices)).trimmed()
         with task.loop.autocast():
             loss = _loss(task.model, task.teacher, part, task.settings, batch)
         task.loop.backward(loss)

@@ -21,7 +21,7 @@ from torch import nn
 from secateurs import checkpoint, cost, processes
 from secateurs.data import Dataset, resolve_roles
 from secateurs.errors import DataError, ModelError, RecipeError, UserError
-from secateurs.forward import call, inference, output_tensors, predict
+from secateurs.forward import call, inference, output_tensors, predict, trimming
 from secateurs.interfaces import Exporter, Metric, ProgressEvent, Target
 from secateurs.manager import Manager
 from secateurs.passes.base import Pass
@@ -101,6 +101,7 @@ def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent]
             "`budget.accuracy_drop` needs an `evaluation` role in `data`; it is never cut from calibration."
         )
     model = _load_model(recipe, manager, roles.calibration)
+    roles = trimming(model, roles)
     evaluate = _evaluator(metric, roles.validation)
     if trains:
         check_settings(recipe.recovery, model, evaluated=evaluate is not None)

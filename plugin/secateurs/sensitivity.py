@@ -49,7 +49,7 @@ def output_sensitivity(
 
         twin.get_submodule(name).register_forward_hook(keep)
     with torch.enable_grad(), frozen_randomness(seed):
-        for batch in data.batches(batch_size):
+        for batch in data.longest_first().batches(batch_size):
             prediction = logits(call(twin, batch))
             flat = prediction.reshape(-1, prediction.shape[-1])
             labels = torch.distributions.Categorical(logits=flat.detach()).sample()

@@ -207,7 +207,7 @@ def _reader_moments(
 
         return tap
 
-    for batch in data.batches(batch_size):
+    for batch in data.longest_first().batches(batch_size):
         sweep(
             model,
             batch,
