@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from secateurs.forward import call, inference
 from secateurs.layers import as_weight, is_matrix_layer, weight_dims, weight_matrix, widths_of
 from secateurs.moments import PairedMoments, Positions, output_positions, patches, rows_of_output, token_rows
 from secateurs.plan import Plan
+from secateurs.prefix import Prefix, Timeline
 from secateurs.probe import sweep
 
 __all__ = ["Solution", "following_norms", "install", "paired_moments", "refit", "refittable", "solve"]
@@ -94,6 +96,7 @@ def paired_moments(
     batch_size: int = 64,
     rows: int = ROWS,
     seed: int = 0,
+    prefixes: tuple[Prefix, Prefix] | None = None,
 ) -> PairedMoments:
     """Gather the moments of what a consumer reads in `model` together with what the same consumer puts out in `dense`.
 
@@ -106,6 +109,7 @@ def paired_moments(
         batch_size: examples per forward pass.
         rows: upper limit of rows in all.
         seed: of the drawn positions.
+        prefixes: recordings of both networks that end before the consumer, with the same batches; None runs them from the start.
     """
     layer: Any = model.get_submodule(name)
     columns = None if outputs is None else torch.tensor(outputs)
@@ -128,9 +132,11 @@ def paired_moments(
             moments.append(PairedMoments.zeros(x.shape[1], y.shape[1]))
         moments[0].update(*((x, y) if real is None else (x[real], y[real])))
 
-    for batch in data.batches(batch_size):
-        sweep(dense, batch, {name: dense_tap}, batch_size=batch_size, stop_after=name)
-        sweep(model, batch, {name: pruned_tap}, batch_size=batch_size, stop_after=name)
+    for number, batch in enumerate(data.longest_first().batches(batch_size)):
+        with nullcontext() if prefixes is None else prefixes[1].replaying(number):
+            sweep(dense, batch, {name: dense_tap}, batch_size=batch_size, stop_after=name)
+        with nullcontext() if prefixes is None else prefixes[0].replaying(number):
+            sweep(model, batch, {name: pruned_tap}, batch_size=batch_size, stop_after=name)
     return moments[0]
 
 
@@ -206,9 +212,18 @@ def refit(
     Returns:
         The names that were refitted.
     """
-    norms = following_norms(model, data.take(range(min(2, len(data)))))
+    data = data.longest_first()
+    example = data.take(range(min(2, len(data))))
+    norms = following_norms(model, example)
+    timelines = Timeline(model, example), Timeline(dense, example)
+    prefixes: tuple[Prefix, Prefix] | None = None
     holders = Counter(id(tensor) for module in model.modules() for tensor in module.parameters(recurse=False))
     done: list[str] = []
+
+    def resumed(network: nn.Module, side: int) -> Prefix:
+        start = None if prefixes is None else prefixes[side]
+        return Prefix(network, data, [name], timelines[side], batch_size=batch_size, start=start)
+
     for number, name in enumerate(consumers):
         if progress is not None:
             progress(number, len(consumers))
@@ -217,7 +232,11 @@ def refit(
             continue  # a tied weight serves another layer too, which was not asked
         original = dense.get_submodule(name)
         outputs = plan.kept(name, "weight", weight_dims(original)[0], widths_of(original)[1])
-        moments = paired_moments(model, dense, name, data, outputs=outputs, batch_size=batch_size, seed=seed)
+        # Everything before this consumer has its final weights: both networks go on from there.
+        prefixes = resumed(model, 0), resumed(dense, 1)
+        moments = paired_moments(
+            model, dense, name, data, outputs=outputs, batch_size=batch_size, seed=seed, prefixes=prefixes
+        )
         norm = norms.get(name)
         solution = solve(
             moments, weight_matrix(layer), constant=layer.bias is not None or norm is not None, ridge=ridge

@@ -15,6 +15,7 @@ from secateurs.groups import find_groups, plan_removal
 from secateurs.moments import PairedMoments
 from secateurs.passes.survey import _reader_moments
 from secateurs.plan import Plan
+from secateurs.prefix import Prefix, Timeline
 from secateurs.probe import execution_order
 from secateurs.refit import following_norms, paired_moments, refit, refittable, solve
 from secateurs.surgery import applied
@@ -253,3 +254,15 @@ def test_padding_has_no_part_in_the_statistics():
     survey = _reader_moments(model, ["second"], data, 0, batch_size=8)["second"]
     assert survey.count == data.tokens.sum()
     assert torch.allclose(survey.second, moments.x.second, atol=1e-6)
+
+
+def test_moments_from_resumed_passes_are_those_from_whole_ones():
+    original, data = residual(), images(24)
+    pruned = applied(original, removal(original, data, layers__0__conv1=[0, 3]))
+    name = "layers.1.conv2"
+    ends = tuple(Prefix(network, data, [name], Timeline(network, data), batch_size=8) for network in (pruned, original))
+    assert all(prefix.modules for prefix in ends)
+    whole = paired_moments(pruned, original, name, data, batch_size=8)
+    resumed = paired_moments(pruned, original, name, data, batch_size=8, prefixes=ends)
+    assert torch.equal(whole.x.sum_xx, resumed.x.sum_xx)
+    assert torch.equal(whole.sum_yx, resumed.sum_yx)

@@ -22,6 +22,7 @@ from secateurs.information import Order
 from secateurs.layers import as_weight, weight_matrix
 from secateurs.moments import Moments, PairedMoments
 from secateurs.passes.survey import Survey
+from secateurs.prefix import Prefix, Timeline
 from secateurs.refit import solve
 from secateurs.selection import removed_units
 from secateurs.settings import NodeSettings
@@ -54,27 +55,31 @@ def best_orders(
         progress: called with trials done, their total, and a word on the current one.
     """
     reference = predict(survey.model, held_out)
-    trials = [
-        (group, keep, criterion)
-        for group in survey.groups
-        for keep in counts[group.root]
-        for criterion in orders[group.root]
-    ]
-    table: dict[str, list[Option]] = {group.root: [] for group in survey.groups}
-    for number, (group, keep, criterion) in enumerate(trials, start=1):
-        progress(number, len(trials), f"{group.root} {keep}/{group.units}")
-        trial = (group.root, keep, criterion)
-        if trial not in measured and keep == group.units:
-            measured[trial] = 0.0
-        elif trial not in measured:
-            units = removed_units(orders[group.root][criterion].units, group.units, keep)
-            with pruned_alone(survey, group, units, settings):
-                measured[trial] = kl_divergence(reference, predict(survey.model, held_out))
-        options, option = table[group.root], Option(keep, measured[trial], criterion)
-        if not options or options[-1].keep != keep:
-            options.append(option)
-        elif option.divergence < options[-1].divergence:
-            options[-1] = option
+    timeline = Timeline(survey.model, held_out.take(range(min(2, len(held_out)))))
+    total = sum(len(counts[group.root]) * len(orders[group.root]) for group in survey.groups)
+    table: dict[str, list[Option]] = {}
+    prefix: Prefix | None = None
+    done = 0
+    for group in survey.groups:
+        unknown = any(
+            (group.root, keep, name) not in measured for keep in counts[group.root] for name in orders[group.root]
+        )
+        if unknown:
+            readers = [member.module for member in group.of("in")]
+            prefix = Prefix(survey.model, held_out, readers, timeline, start=prefix)
+        table[group.root] = []
+        for keep in counts[group.root]:
+            options = []
+            for criterion, order in orders[group.root].items():
+                done += 1
+                progress(done, total, f"{group.root} {keep}/{group.units}")
+                trial = (group.root, keep, criterion)
+                if trial not in measured and prefix is not None:
+                    units = removed_units(order.units, group.units, keep)
+                    with pruned_alone(survey, group, units, settings):
+                        measured[trial] = kl_divergence(reference, prefix.predict()) if units else 0.0
+                options.append(Option(keep, measured[trial], criterion))
+            table[group.root].append(min(options, key=lambda option: option.divergence))
     return table
 
 

@@ -1,0 +1,231 @@
+"""Forward passes that start in the middle: the part before some layers is computed once and replayed.
+
+Trials that change only layers from some point on (one group's readers, the next layer to refit) repeat everything before it. A `Prefix` records
+the outputs of the outermost modules that have finished by then and lets them answer with the recording instead of computing. What lies between
+modules (additions, activations) runs as ever, so the result is the same to the last bit; that is checked on the first batch, and a network that
+does not keep it (one with side effects between its layers) is simply run whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.data import Dataset
+from secateurs.forward import call, frozen_randomness, inference, logits, output_tensors
+from secateurs.layers import mixes
+
+__all__ = ["Prefix", "Timeline"]
+
+LIMIT = 1 << 30
+"""Bytes that a recording may take; a prefix that would need more is not recorded."""
+
+
+class Timeline:
+    """When each module of a network runs, from one forward pass.
+
+    Args:
+        model: the network; it is not changed.
+        example: inputs of the forward pass.
+    """
+
+    def __init__(self, model: nn.Module, example: Dataset) -> None:
+        self.example = example
+        self._began: dict[str, int] = {}
+        self._ended: dict[str, int] = {}
+        self._children = {name: _computing_children(model, name) for name, _ in model.named_modules()}
+        clock = iter(range(1 << 62))
+        with inference(model), ExitStack() as stack:
+            for name, module in model.named_modules():
+
+                def begin(*_: Any, name: str = name) -> None:
+                    self._began.setdefault(name, next(clock))
+
+                def end(*_: Any, name: str = name) -> None:
+                    self._ended[name] = next(clock)
+
+                stack.callback(module.register_forward_pre_hook(begin).remove)
+                stack.callback(module.register_forward_hook(end).remove)
+            call(model, example)
+
+    def finished(self, layers: Collection[str]) -> list[str]:
+        """Return the outermost modules with layers that mix channels whose every call ends before any of `layers` is called."""
+        starts = [self._began[name] for name in layers if name in self._began]
+        found: list[str] = []
+
+        def visit(name: str) -> None:
+            if starts and self._ended.get(name, 0) and self._ended[name] < min(starts):
+                found.append(name)
+                return
+            for child in self._children[name]:
+                visit(child)
+
+        visit("")
+        return found
+
+
+def _computing_children(model: nn.Module, name: str) -> list[str]:
+    """Return the children of a module that hold a layer that mixes channels."""
+    return [
+        f"{name}.{child}".lstrip(".")
+        for child, module in model.get_submodule(name).named_children()
+        if any(mixes(part) for part in module.modules())
+    ]
+
+
+class Prefix:
+    """The recorded beginning of the forward pass over a data set.
+
+    Args:
+        model: the network; what is recorded must not change while the recording is used.
+        data: the examples; batches are made of those of like lengths, where they are trimmed.
+        before: the layers from which on the network may change.
+        timeline: of the network.
+        batch_size: examples per forward pass.
+        start: a recording that ends earlier, to go on from.
+        limit: bytes that the recording may take.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Dataset,
+        before: Collection[str],
+        timeline: Timeline,
+        *,
+        batch_size: int = 256,
+        start: Prefix | None = None,
+        limit: int = LIMIT,
+    ) -> None:
+        self._model = model
+        self._order = data.by_length()
+        self.batches = list(data.take(self._order).batches(batch_size))
+        self._modules = {name: model.get_submodule(name) for name in timeline.finished(before)}
+        self._recorded: list[dict[str, list[Any]]] = []
+        self._unread: set[str] = set()
+        self._unread = self._find_unread(timeline.example)
+        size = 0
+        for number, batch in enumerate(self.batches):
+            if not self._modules:
+                break
+            recorded, output = self._record(batch, number, start)
+            size += sum(_bytes(value) for name in recorded if name not in self._unread for value in recorded[name])
+            self._recorded.append(recorded)
+            if size > limit or (number == 0 and not self._exact(batch, output, recorded)):
+                self._modules, self._recorded = {}, []
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that are replayed; none where nothing could be recorded."""
+        return tuple(self._modules)
+
+    @contextmanager
+    def replaying(self, number: int) -> Iterator[None]:
+        """Replay the recording of batch `number` for the length of a block."""
+        with self._playing(self._recorded[number] if self._recorded else {}):
+            yield
+
+    @contextmanager
+    def _playing(self, recorded: Mapping[str, list[Any]]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, values in recorded.items():
+                module = self._modules[name]
+                stack.callback(_restore_forward(module))
+                module.__dict__["forward"] = _player(values)
+            yield
+
+    def predict(self) -> Tensor:
+        """Return the prediction for every example, as `secateurs.forward.predict`."""
+        found = []
+        with inference(self._model):
+            for number, batch in enumerate(self.batches):
+                with self.replaying(number):
+                    found.append(logits(call(self._model, batch)).detach())
+        whole = torch.cat(found)
+        return whole[torch.from_numpy(self._order).argsort()]
+
+    def _find_unread(self, example: Dataset) -> set[str]:
+        """Return the modules whose outputs only other replayed modules read: a hollow value in their place changes nothing."""
+        if not self._modules:
+            return set()
+        recorded, output = self._record(example, 0, None)
+        return {
+            name
+            for name, values in recorded.items()
+            if self._exact(example, output, {**recorded, name: [_hollow(value) for value in values]})
+        }
+
+    def _record(self, batch: Dataset, number: int, start: Prefix | None) -> tuple[dict[str, list[Any]], Any]:
+        recorded: dict[str, list[Any]] = {name: [] for name in self._modules}
+        with inference(self._model), ExitStack() as stack:
+            for name, module in self._modules.items():
+
+                def hook(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+                    recorded[name].append(_hollow(output) if name in self._unread else _copied(output))
+
+                stack.callback(module.register_forward_hook(hook).remove)
+            if start is not None:
+                stack.enter_context(start.replaying(number))
+            stack.enter_context(frozen_randomness(0))
+            return recorded, call(self._model, batch)
+
+    def _exact(self, batch: Dataset, output: Any, recorded: Mapping[str, list[Any]]) -> bool:
+        """Tell whether replaying gives the very output that was computed."""
+        try:
+            with inference(self._model), self._playing(recorded), frozen_randomness(0):
+                again = output_tensors(call(self._model, batch))
+        except Exception:  # whatever a network does that relies on its layers' side effects
+            return False
+        pairs = zip(output_tensors(output), again, strict=True)
+        return all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
+
+
+def _player(values: list[Any]) -> Callable[..., Any]:
+    """Return a function that answers its calls with copies of the values, one after the other."""
+    queue = iter(values)
+
+    def play(*_: Any, **__: Any) -> Any:
+        return _copied(next(queue))
+
+    return play
+
+
+def _restore_forward(module: nn.Module) -> Callable[[], None]:
+    """Return what puts `module.forward` back to what it is now."""
+    own = module.__dict__.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = own
+
+    return restore
+
+
+def _copied(value: Any) -> Any:
+    """Return an output with its tensors cloned, so that an operation in place does not reach the recording."""
+    if isinstance(value, Tensor):
+        return value if 0 in value.stride() else value.detach().clone()
+    if type(value) in (tuple, list):
+        return type(value)(map(_copied, value))
+    if isinstance(value, Mapping) and hasattr(value, "__dict__"):
+        return type(value)(**{name: _copied(item) for name, item in value.items()})  # a model output of transformers
+    return {name: _copied(item) for name, item in value.items()} if type(value) is dict else value
+
+
+def _hollow(value: Any) -> Any:
+    """Return an output of the same shapes that takes no memory: one NaN, seen everywhere."""
+    if isinstance(value, Tensor):
+        return torch.full((), float("nan")).to(value.dtype).to(value.device).expand(value.shape)
+    if type(value) in (tuple, list):
+        return type(value)(map(_hollow, value))
+    return value
+
+
+def _bytes(value: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in output_tensors(value))

@@ -1,0 +1,98 @@
+"""Forward passes that start in the middle equal whole ones, whatever lies between the layers."""
+
+import copy
+
+import pytest
+import torch
+from networks import dense, encoder, images, plain, residual, separable, sequences
+from torch import nn
+
+from secateurs.forward import inference, predict
+from secateurs.prefix import Prefix, Timeline
+from secateurs.probe import execution_order
+
+
+def calls_of(model):
+    """Count the forward passes of every layer with weights; returns the counts, which go on counting."""
+    counts = {}
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            original = module.forward
+
+            def counted(*args, name=name, original=original, **kwargs):
+                counts[name] = counts.get(name, 0) + 1
+                return original(*args, **kwargs)
+
+            module.forward = counted
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("build", "make"),
+    [(plain, images), (residual, images), (separable, images), (dense, images), (encoder, sequences)],
+)
+def test_a_resumed_pass_equals_a_whole_one_at_every_layer(build, make):
+    model, data = build().eval(), make(10)
+    timeline, expected = Timeline(model, data.take([0, 1])), predict(model, data, 4)
+    earlier = None
+    for name in execution_order(model, data.take([0, 1])):
+        earlier = Prefix(model, data, [name], timeline, batch_size=4, start=earlier)
+        assert torch.equal(earlier.predict(), expected)
+    assert earlier.modules
+    assert torch.equal(predict(model, data, 4), expected)  # nothing is left behind
+
+
+def test_what_lies_before_is_not_computed_again_and_changes_behind_it_count():
+    model, data = residual().eval(), images(8)
+    order = [name for name in execution_order(model, data) if isinstance(model.get_submodule(name), nn.Conv2d)]
+    target = order[-1]
+    prefix = Prefix(model, data, [target], Timeline(model, data))
+    with torch.no_grad():
+        model.get_submodule(target).weight.mul_(1.5)
+    counts = calls_of(model)
+    changed = prefix.predict()
+    assert counts[target] == 1
+    assert set(counts) & set(order) == {target}
+    assert torch.equal(changed, predict(copy.deepcopy(model), data))
+
+
+class Counting(nn.Module):
+    """Its second layer depends on how often the first one ran: a side effect that a recording would lose."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.first.register_forward_hook(lambda *_: None)
+        self.ran = 0
+        inner = self.first.forward
+
+        def forward(x):
+            self.ran += 1
+            return inner(x)
+
+        self.first.forward = forward
+
+    def forward(self, x):
+        self.ran = 0
+        return self.second(self.first(x)) * (1 + self.ran)
+
+
+def test_a_network_with_side_effects_is_run_whole():
+    torch.manual_seed(0)
+    from networks import vectors
+
+    model, data = Counting().eval(), vectors(6, 4)
+    prefix = Prefix(model, data, ["second"], Timeline(model, data))
+    assert prefix.modules == ()
+    assert torch.equal(prefix.predict(), predict(model, data))
+    with inference(model):
+        assert model.ran == 1
+
+
+def test_a_recording_that_is_too_large_is_not_made():
+    model, data = plain().eval(), images(8)
+    last = execution_order(model, data)[-1]
+    assert Prefix(model, data, [last], Timeline(model, data)).modules
+    small = Prefix(model, data, [last], Timeline(model, data), limit=100)
+    assert small.modules == ()
+    assert torch.equal(small.predict(), predict(model, data))
