@@ -26,7 +26,7 @@ from secateurs.interfaces import ProgressEvent
 from secateurs.passes.base import Context
 from secateurs.passes.depth import Removal, dropping, layers_after, within
 from secateurs.plan import Plan
-from secateurs.recovery import recalibrate
+from secateurs.recalibration import recalibrate
 from secateurs.refit import refit
 from secateurs.surgery import applied
 
