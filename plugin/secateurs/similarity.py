@@ -9,6 +9,8 @@ batches.
 The biased estimator (paper mode) centres with $H = I - \mathbf 1\mathbf 1^\top/n$ instead. It is not interpretable at small $n$: independent
 features of width 768 score .92 at $n = 64$.
 
+Examples are what is compared: for token models, `pooled` makes one row of each sequence first.
+
 References:
     Kornblith et al. 2019; Song et al. 2012 (U-statistic); Nguyen et al. 2021 (minibatch form).
 """
@@ -25,7 +27,7 @@ from torch import Tensor
 from secateurs.data import Dataset
 from secateurs.errors import DataError
 
-__all__ = ["CkaAccumulator", "Estimator", "centred_gram", "linear_cka"]
+__all__ = ["CkaAccumulator", "Estimator", "centred_gram", "linear_cka", "pooled"]
 
 Estimator = Literal["unbiased", "biased"]
 MINIMUM_EXAMPLES = 4
@@ -46,6 +48,29 @@ def centred_gram(x: Tensor, estimator: Estimator = "unbiased") -> Tensor:
         Shape `(n * n,)`, float64.
     """
     return _centred(_gram(x)[None], estimator).flatten()
+
+
+def pooled(outputs: Tensor, tokens: Tensor) -> Tensor:
+    """Return one row per sequence, the mean over its tokens but the first.
+
+    Padding is no token. The first one (`[CLS]`, the beginning of a text) often serves as an attention sink, whose output dwarfs all others:
+    a mean with it would be little else. Where there is no second token, the first stands for the sequence.
+
+    Args:
+        outputs: shape `(n, length, d)`.
+        tokens: which positions are tokens, bool, shape `(n, length)`; at least one in each row.
+
+    Returns:
+        Shape `(n, d)`.
+
+    >>> pooled(torch.tensor([[[9.0], [1.0], [3.0], [7.0]]]), torch.tensor([[True, True, True, False]]))
+    tensor([[2.]])
+    """
+    first = tokens.long().cumsum(1) == 1
+    counted = torch.where(tokens.sum(1, keepdim=True) > 1, tokens & ~first, tokens).to(outputs.dtype)
+    # Padding may hold anything, even NaN: it is selected away, not multiplied by zero.
+    kept = torch.where(counted[:, :, None] > 0, outputs, 0)
+    return kept.sum(1) / counted.sum(1, keepdim=True).clamp_min(1)
 
 
 def _gram(x: Tensor) -> Tensor:

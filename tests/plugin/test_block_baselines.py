@@ -51,6 +51,26 @@ def test_influence_is_that_of_the_definition(model, data, axis):
         assert found[block.path] == pytest.approx(naive_influence(model, block.path, data, axis), abs=1e-5)
 
 
+def test_padding_has_no_influence():
+    class Shift(nn.Module):
+        def forward(self, x, attention_mask=None):
+            return self.block(x)
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.block = nn.Linear(4, 4)
+
+    x = np.random.default_rng(0).normal(size=(6, 5, 4)).astype(np.float32)
+    mask = (np.arange(5) < np.array([5, 1, 3, 2, 4, 1])[:, None]).astype(np.int64)
+    model, data = Shift(), Dataset({"x": x, "attention_mask": mask}, keyword=True)
+    with torch.no_grad():
+        cosine = torch.cosine_similarity(torch.from_numpy(x), model.block(torch.from_numpy(x)), dim=-1).numpy()
+    expected = 1 - cosine[mask.astype(bool)].mean()
+    assert abs(expected - (1 - cosine.mean())) > 1e-3
+    assert block_influence(model, [Block("block", True)], data)["block"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_an_identity_has_no_influence_and_a_reversal_has_two():
     class Turned(nn.Module):
         def forward(self, x):

@@ -8,13 +8,15 @@ from torch import nn
 
 from secateurs import cost, prune
 from secateurs.blocks import Block
+from secateurs.data import Dataset
 from secateurs.errors import RecipeError
 from secateurs.forward import tensors
 from secateurs.modules import Bypass
 from secateurs.passes.base import Context
 from secateurs.passes.block_baselines import BlockInfluence, RandomBlocks
-from secateurs.passes.depth import DepthPass, Ranking, Removal, block_similarity, layers_after, live_blocks
+from secateurs.passes.depth import DepthPass, Ranking, Removal, block_similarity, cka_matrix, layers_after, live_blocks
 from secateurs.plan import DropBlock, Plan
+from secateurs.similarity import linear_cka
 
 
 class Front(DepthPass):
@@ -197,3 +199,47 @@ def test_removals_are_numbered_from_a_seed():
     counts = np.unique(first, return_counts=True)[1]
     assert len(counts) == 6
     assert 30 <= counts.min() <= counts.max() <= 75
+
+
+class Tokens(nn.Module):
+    """Two layers on embedded tokens, without attention: padding changes nothing for the others."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.one, self.two = nn.Embedding(30, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.two(self.one(self.embedding(input_ids)).relu())
+
+
+def texts(*, masked, left=False, n=40, length=9):
+    generator = np.random.default_rng(3)
+    lengths = generator.integers(1, length + 1, n) if masked else np.full(n, length)
+    mask = (np.arange(length) < lengths[:, None]).astype(np.int64)
+    mask = mask[:, ::-1] if left else mask
+    ids = generator.integers(1, 30, mask.shape)
+    return Dataset({"input_ids": ids, **({"attention_mask": mask} if masked else {})}, keyword=True), mask
+
+
+@pytest.mark.parametrize(
+    ("masked", "left"), [(True, False), (True, True), (False, False)], ids=["right", "left", "whole"]
+)
+def test_a_sequence_is_the_mean_of_its_tokens_but_the_first(masked, left):
+    model, (data, mask) = Tokens(), texts(masked=masked, left=left)
+    rows = {"one": [], "two": []}
+    with torch.no_grad():
+        for ids, real in zip(data.inputs["input_ids"], mask, strict=True):
+            kept = [int(token) for token, counts in zip(ids, real, strict=True) if counts]
+            hidden = model.one(model.embedding(torch.tensor(kept[1:] or kept)))
+            rows["one"].append(hidden.mean(0))
+            rows["two"].append(model.two(hidden.relu()).mean(0))
+    expected = linear_cka(torch.stack(rows["one"]), torch.stack(rows["two"]))
+    assert cka_matrix(model, ["one", "two"], data)[0, 1] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_what_stands_in_padding_has_no_part_in_similarity():
+    model, (data, mask) = Tokens(), texts(masked=True)
+    other = Dataset({**data.inputs, "input_ids": np.where(mask, data.inputs["input_ids"], 7)}, keyword=True)
+    names = ["one", "two"]
+    torch.testing.assert_close(cka_matrix(model, names, data), cka_matrix(model, names, other), rtol=0, atol=1e-7)

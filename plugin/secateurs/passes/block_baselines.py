@@ -31,6 +31,9 @@ from secateurs.surgery import applied
 
 __all__ = ["BlockInfluence", "LossGreedy", "RandomBlocks", "block_influence"]
 
+BATCH = 64
+"""Examples per forward pass."""
+
 
 class RandomBlocks(DepthPass):
     """Bypass blocks drawn at random."""
@@ -68,8 +71,8 @@ class BlockInfluence(DepthPass):
 def block_influence(model: nn.Module, blocks: Sequence[Block], data: Dataset) -> Mapping[str, float]:
     r"""Return $1 - \mathbb E\cos(x_{in}, x_{out})$ of each block, by path.
 
-    The mean is over examples and positions; a vector holds the channels of one position. A position where both vectors are zero was not changed
-    and counts as a cosine of 1; where only one is zero, as 0.
+    The mean is over examples and positions, padding left out; a vector holds the channels of one position. A position where both vectors are
+    zero was not changed and counts as a cosine of 1; where only one is zero, as 0.
 
     Args:
         model: the network; it is not changed.
@@ -89,13 +92,16 @@ def block_influence(model: nn.Module, blocks: Sequence[Block], data: Dataset) ->
         def compare(before: Tensor, after: Tensor, path: str = block.path, axis: Callable[..., int] = axis) -> None:
             before = inputs.pop(path, before)
             cosine = _cosine(before, after, axis(after))
+            if batch.tokens is not None and cosine.shape == batch.tokens.shape:
+                cosine = cosine[torch.from_numpy(batch.tokens).to(cosine.device)]
             sums[path] += cosine.sum(dtype=torch.float64).cpu()
             counts[path] += cosine.numel()
 
         taps[block.path] = compare
         if block.also:
             taps[block.also[0]] = remember
-    sweep(model, data, taps)
+    for batch in data.longest_first().batches(BATCH):
+        sweep(model, batch, taps, batch_size=BATCH)
     return {path: 1 - float(total) / max(counts[path], 1) for path, total in sums.items()}
 
 

@@ -19,11 +19,11 @@ from secateurs.data import Dataset
 from secateurs.errors import RecipeError
 from secateurs.passes.base import Context, Pass, Proposal
 from secateurs.plan import DropBlock, Plan, SetAttribute
-from secateurs.probe import execution_order, sweep
+from secateurs.probe import Tap, execution_order, sweep
 from secateurs.refit import refittable
 from secateurs.report import Skipped
 from secateurs.settings import DepthSettings
-from secateurs.similarity import CkaAccumulator, Estimator
+from secateurs.similarity import CkaAccumulator, Estimator, pooled
 from secateurs.surgery import Bypass
 
 __all__ = [
@@ -63,6 +63,9 @@ def cka_matrix(
 ) -> Tensor:
     """Return the CKA of the outputs of some modules, all pairs, from one sweep over `data`.
 
+    An output of shape `(n, length, d)` whose positions are those of the attention mask, or of an integer input, is one row per sequence:
+    the mean over its tokens but the first (`secateurs.similarity.pooled`). All other outputs are flattened.
+
     Args:
         model: the network; it is not changed.
         names: the modules, in order.
@@ -83,9 +86,24 @@ def _compared(
     model: nn.Module, names: list[str], data: Dataset, batch_size: int, estimator: Estimator
 ) -> CkaAccumulator:
     accumulator = CkaAccumulator(names, estimator)
-    taps = {name: accumulator.tap(name) for name in names}
-    sweep(model, data, taps, batch_size=batch_size, after_batch=accumulator.end_batch)
+    for batch in data.batches(batch_size):
+        taps = {name: _pooling(accumulator.tap(name), batch) for name in names}
+        sweep(model, batch, taps, batch_size=batch_size, after_batch=accumulator.end_batch)
     return accumulator
+
+
+def _pooling(tap: Tap, batch: Dataset) -> Tap:
+    """Return a tap that gets one row per sequence where outputs are tokens: positions of a mask, or else of an integer input."""
+    masks = {} if batch.tokens is None else {batch.tokens.shape: torch.from_numpy(batch.tokens)}
+    for array in batch.inputs.values():
+        if array.ndim == 2 and array.dtype.kind in "iu":
+            masks.setdefault(array.shape, torch.ones(array.shape, dtype=torch.bool))
+
+    def pooled_tap(inputs: Tensor, outputs: Tensor) -> None:
+        tokens = masks.get(tuple(outputs.shape[:2])) if outputs.ndim == 3 else None
+        tap(inputs, outputs if tokens is None else pooled(outputs.detach(), tokens.to(outputs.device)))
+
+    return pooled_tap
 
 
 @dataclass(frozen=True)
