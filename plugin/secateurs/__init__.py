@@ -13,18 +13,18 @@ import pluggy
 if TYPE_CHECKING:
     from secateurs.checkpoint import load
     from secateurs.manager import create_manager
-    from secateurs.pipeline import PruneResult, prune
     from secateurs.plan import Plan
+    from secateurs.script import PruneResult, prune
 
 hookimpl = pluggy.HookimplMarker("secateurs")
 """Marks a plugin's functions as implementations of `secateurs.hookspecs`."""
 
 _LAZY = {
     "Plan": "secateurs.plan",
-    "PruneResult": "secateurs.pipeline",
+    "PruneResult": "secateurs.script",
     "create_manager": "secateurs.manager",
     "load": "secateurs.checkpoint",
-    "prune": "secateurs.pipeline",
+    "prune": "secateurs.script",
 }
 
 __all__ = ["Plan", "PruneResult", "create_manager", "hookimpl", "load", "prune"]

@@ -1,43 +1,42 @@
 """The pipeline: runs passes, certifies and mends what they propose, and remembers everything.
 
-`run_passes` is the heart of both faces: `prune` for a script, `secateurs.runner` for a recipe. A pass proposes a plan; the pipeline applies it
-to a copy, keeps what is certified, refits towards the network before the edits, recovers, and lets validation accept or reject the round.
+`run_passes` is the heart of both faces: `secateurs.script` for a script, `secateurs.runner` for a recipe. A pass proposes a plan; the
+pipeline applies it to a copy, keeps what is certified, refits towards the network before the edits, recovers, and lets validation accept or
+reject the round.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from secateurs import checkpoint, cost
 from secateurs.attention import DescribeAttention
 from secateurs.blocks import Describe
 from secateurs.certificate import keep_certified
-from secateurs.data import Dataset, Roles, resolve_roles
+from secateurs.data import Dataset, Roles
 from secateurs.errors import DataError, SecateursError
-from secateurs.forward import kl_divergence, predict, to_dataset, trimming
-from secateurs.interfaces import CostModel, ProgressEvent, ratio
-from secateurs.manager import Manager, create_manager
+from secateurs.forward import kl_divergence, predict
+from secateurs.interfaces import CostModel, ProgressEvent
+from secateurs.manager import Manager
 from secateurs.passes.base import Context, Pass, Proposal
 from secateurs.plan import Plan
-from secateurs.proof import environment
 from secateurs.recalibration import recalibrate
-from secateurs.recipe import PassSpec, parse_pass, settings_from
+from secateurs.recipe import PassSpec, settings_from
 from secateurs.recovery import train
 from secateurs.refit import refit
-from secateurs.report import Certificate, PassRecord, Ratios, Report, Side, Skipped, write_text
+from secateurs.report import Certificate, PassRecord, Skipped
 from secateurs.settings import RecoverySettings
 from secateurs.surgery import applied
 
-__all__ = ["Outcome", "PruneResult", "Session", "build_pass", "prune", "run_passes"]
+__all__ = ["Outcome", "Session", "build_pass", "recover", "run_passes"]
 
 MAX_ROUNDS = 1000
 """Rounds after which a pass that never stops proposing is stopped."""
@@ -100,12 +99,14 @@ class Outcome:
         plan: the edits from the baseline to it.
         records: one per finished pass.
         shortfalls: promises that were not kept, for example targets that were missed.
+        validation: what `Session.evaluate` says of the network, where it is known.
     """
 
     model: nn.Module
     plan: Plan = field(default_factory=Plan)
     records: tuple[PassRecord, ...] = ()
     shortfalls: tuple[str, ...] = ()
+    validation: float | None = None
 
 
 def build_pass(spec: PassSpec, manager: Manager) -> Pass:
@@ -174,7 +175,10 @@ def _run_pass(session: Session, step: Pass, outcome: Outcome) -> Outcome:
     began = time.perf_counter()
     step.requires(session.context(outcome.model))
     entry = current = outcome.model
-    reference = None if session.evaluate is None else session.evaluate(entry)
+    reference = outcome.validation
+    if reference is None and session.evaluate is not None:
+        reference = session.evaluate(entry)
+    latest = reference
     tally = _Tally()
     for _ in range(MAX_ROUNDS):
         session.progress(ProgressEvent(step.name, len(tally.rounds), len(tally.rounds) + 1, "looking for edits"))
@@ -195,7 +199,7 @@ def _run_pass(session: Session, step: Pass, outcome: Outcome) -> Outcome:
         tally.rounds.append({"edits": len(certified.plan), "accepted": accepted, "validation": value, **mended})
         step.answer(accepted)
         if accepted:
-            current, tally.plan = candidate, total
+            current, tally.plan, latest = candidate, total, value
             if not certified.plan.removes:
                 entry = candidate  # the same function in another form: what refit compares with, layer by layer
             tally.certify(certified.certificate)
@@ -214,7 +218,7 @@ def _run_pass(session: Session, step: Pass, outcome: Outcome) -> Outcome:
         details={**tally.details, "validation_before": reference, "rounds": tally.rounds},
     )
     shortfalls = outcome.shortfalls if missed is None else (*outcome.shortfalls, missed)
-    return Outcome(current, outcome.plan + tally.plan, (*outcome.records, record), shortfalls)
+    return Outcome(current, outcome.plan + tally.plan, (*outcome.records, record), shortfalls, latest)
 
 
 def _mend(
@@ -305,141 +309,3 @@ def _judge(
     if proposal.tolerance is None or reference is None:
         return True, value
     return reference - value <= proposal.tolerance + 1e-9, value
-
-
-# --- the face for scripts ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PruneResult:
-    """What `prune` returns.
-
-    Attributes:
-        model: the pruned network, in the mode of the one given.
-        plan: the edits that lead to it.
-        report: what each pass did, with certificates, and parameters and MACs of both networks.
-    """
-
-    model: nn.Module
-    plan: Plan
-    report: Report
-
-    def save(self, folder: str | Path) -> None:
-        """Write plan.json, model.safetensors and report.json; `secateurs.load` rebuilds the network from them."""
-        checkpoint.save(self.model, self.plan, folder)
-        write_text(Path(folder) / "report.json", self.report.to_json())
-
-
-def prune(
-    model: nn.Module,
-    example_inputs: Any,
-    calibration: Iterable[Any],
-    passes: Sequence[Any],
-    *,
-    evaluate: Callable[[nn.Module], float] | None = None,
-    training: Iterable[Any] | None = None,
-    recovery: RecoverySettings | Mapping[str, Any] | None = None,
-    manager: Manager | None = None,
-    seed: int = 0,
-    progress: Callable[[ProgressEvent], None] | None = None,
-) -> PruneResult:
-    """Prune a network in a script; the model given is not changed.
-
-    Args:
-        model: the trained network.
-        example_inputs: what the network is called with: a tensor, a tuple, or a dict of tensors by name.
-        calibration: batches for statistics and refit, as a DataLoader gives them: inputs, or (inputs, labels) pairs, whose labels are not used.
-        passes: as in a recipe (`{"mi-nodes": {"target_macs": 0.5}}` or a name), or `Pass` objects.
-        evaluate: network to accuracy (higher is better) on validation data; passes that decide by rounds need it.
-        training: labelled batches for recovery; needed if `recovery` has epochs.
-        recovery: settings of the training at the end; None trains nothing.
-        manager: of the plugins; None loads the installed ones.
-        seed: of everything random.
-        progress: called with every step.
-
-    Returns:
-        The pruned network, the plan and the report.
-
-    Raises:
-        UserError: an argument does not follow the form; the message says which.
-    """
-    manager = manager or create_manager()
-    example = to_dataset(example_inputs)
-    data = _gather(calibration, example, "calibration")
-    learning = None if training is None else _gather(training, example, "training")
-    pools = {"calibration": replace(data, labels=None), **({} if learning is None else {"training": learning})}
-    settings = (
-        settings_from(RecoverySettings, recovery, "recovery")
-        if isinstance(recovery, Mapping)
-        else recovery or RecoverySettings()
-    )
-    baseline = copy.deepcopy(model).eval()
-    session = Session(
-        baseline=baseline,
-        roles=trimming(baseline, resolve_roles(pools, {}, seed, cut=("validation",))),
-        cost_models=lambda name: manager.registries.cost_models[name].load(),
-        evaluate=evaluate,
-        recovery=settings,
-        describe_blocks=lambda network: manager.hook.secateurs_describe_blocks(model=network),
-        describe_attention=lambda module: manager.hook.secateurs_describe_attention(module=module),
-        progress=progress or (lambda _: None),
-        seed=seed,
-    )
-    built = [item if isinstance(item, Pass) else build_pass(parse_pass(item), manager) for item in passes]
-    began = time.perf_counter()
-    outcome = run_passes(session, built, manager)
-    pruned = copy.deepcopy(outcome.model) if outcome.model is baseline else outcome.model
-    if settings.epochs:
-        recover(session, pruned, settings)
-    report = _script_report(session, outcome, pruned, time.perf_counter() - began)
-    pruned.train(model.training)
-    return PruneResult(pruned, outcome.plan, report)
-
-
-def _gather(batches: Iterable[Any], example: Dataset, role: str) -> Dataset:
-    """Join batches into one data set whose inputs are named like the example's."""
-    parts = [to_dataset(batch) for batch in batches]
-    if not parts:
-        raise DataError(f"`{role}` has no batches; give an iterable of at least one.")
-    names = list(example.inputs)
-    for part in parts:
-        if len(part.inputs) != len(names):
-            raise DataError(
-                f"`{role}` batches have {len(part.inputs)} inputs, `example_inputs` has {len(names)}; give batches of what the network takes."
-            )
-    inputs = {
-        name: np.concatenate(
-            [list(part.inputs.values())[number] if not part.keyword else part.inputs[name] for part in parts]
-        )
-        for number, name in enumerate(names)
-    }
-    given = [part.labels for part in parts if part.labels is not None]
-    labels = np.concatenate(given) if len(given) == len(parts) else None
-    return Dataset(inputs, labels, role, keyword=example.keyword)
-
-
-def _script_report(session: Session, outcome: Outcome, pruned: nn.Module, seconds: float) -> Report:
-    one = session.roles.calibration.take([0])
-    before, after = (
-        Side(
-            params=cost.total(cost.parameters(network)),
-            macs=cost.total(cost.macs(network, one)),
-            weight_bytes=cost.weight_bytes(network),
-        )
-        for network in (session.baseline, pruned)
-    )
-    reasons = [
-        *outcome.shortfalls,
-        *([] if outcome.plan.removes else ["nothing could be pruned; every reason is listed under `passes`"]),
-    ]
-    return Report(
-        verdict="fail" if reasons else "pass",
-        reasons=reasons,
-        baseline=before,
-        candidate=after,
-        ratios=Ratios(params=ratio(after.params, before.params), macs=ratio(after.macs, before.macs)),
-        passes=list(outcome.records),
-        notes=list(session.roles.notes),
-        environment=environment(session.seed, 1),
-        seconds=seconds,
-    )

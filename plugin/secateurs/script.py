@@ -1,0 +1,164 @@
+"""The face for scripts: a network and batches in, the pruned network with its plan and report out."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from secateurs import checkpoint, cost
+from secateurs.data import Dataset, resolve_roles
+from secateurs.errors import DataError
+from secateurs.forward import to_dataset, trimming
+from secateurs.interfaces import ProgressEvent, ratio
+from secateurs.manager import Manager, create_manager
+from secateurs.passes.base import Pass
+from secateurs.pipeline import Outcome, Session, build_pass, recover, run_passes
+from secateurs.plan import Plan
+from secateurs.proof import environment
+from secateurs.recipe import parse_pass, settings_from
+from secateurs.report import Ratios, Report, Side, write_text
+from secateurs.settings import RecoverySettings
+
+__all__ = ["PruneResult", "prune"]
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What `prune` returns.
+
+    Attributes:
+        model: the pruned network, in the mode of the one given.
+        plan: the edits that lead to it.
+        report: what each pass did, with certificates, and parameters and MACs of both networks.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: Report
+
+    def save(self, folder: str | Path) -> None:
+        """Write plan.json, model.safetensors and report.json; `secateurs.load` rebuilds the network from them."""
+        checkpoint.save(self.model, self.plan, folder)
+        write_text(Path(folder) / "report.json", self.report.to_json())
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    calibration: Iterable[Any],
+    passes: Sequence[Any],
+    *,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    training: Iterable[Any] | None = None,
+    recovery: RecoverySettings | Mapping[str, Any] | None = None,
+    manager: Manager | None = None,
+    seed: int = 0,
+    progress: Callable[[ProgressEvent], None] | None = None,
+) -> PruneResult:
+    """Prune a network in a script; the model given is not changed.
+
+    Args:
+        model: the trained network.
+        example_inputs: what the network is called with: a tensor, a tuple, or a dict of tensors by name.
+        calibration: batches for statistics and refit, as a DataLoader gives them: inputs, or (inputs, labels) pairs, whose labels are not used.
+        passes: as in a recipe (`{"mi-nodes": {"target_macs": 0.5}}` or a name), or `Pass` objects.
+        evaluate: network to accuracy (higher is better) on validation data; passes that decide by rounds need it.
+        training: labelled batches for recovery; needed if `recovery` has epochs.
+        recovery: settings of the training at the end; None trains nothing.
+        manager: of the plugins; None loads the installed ones.
+        seed: of everything random.
+        progress: called with every step.
+
+    Returns:
+        The pruned network, the plan and the report.
+
+    Raises:
+        UserError: an argument does not follow the form; the message says which.
+    """
+    manager = manager or create_manager()
+    example = to_dataset(example_inputs)
+    data = _gather(calibration, example, "calibration")
+    learning = None if training is None else _gather(training, example, "training")
+    pools = {"calibration": replace(data, labels=None), **({} if learning is None else {"training": learning})}
+    settings = (
+        settings_from(RecoverySettings, recovery, "recovery")
+        if isinstance(recovery, Mapping)
+        else recovery or RecoverySettings()
+    )
+    baseline = copy.deepcopy(model).eval()
+    session = Session(
+        baseline=baseline,
+        roles=trimming(baseline, resolve_roles(pools, {}, seed, cut=("validation",))),
+        cost_models=lambda name: manager.registries.cost_models[name].load(),
+        evaluate=evaluate,
+        recovery=settings,
+        describe_blocks=lambda network: manager.hook.secateurs_describe_blocks(model=network),
+        describe_attention=lambda module: manager.hook.secateurs_describe_attention(module=module),
+        progress=progress or (lambda _: None),
+        seed=seed,
+    )
+    built = [item if isinstance(item, Pass) else build_pass(parse_pass(item), manager) for item in passes]
+    began = time.perf_counter()
+    outcome = run_passes(session, built, manager)
+    pruned = copy.deepcopy(outcome.model) if outcome.model is baseline else outcome.model
+    if settings.epochs:
+        recover(session, pruned, settings)
+    report = _script_report(session, outcome, pruned, time.perf_counter() - began)
+    pruned.train(model.training)
+    return PruneResult(pruned, outcome.plan, report)
+
+
+def _gather(batches: Iterable[Any], example: Dataset, role: str) -> Dataset:
+    """Join batches into one data set whose inputs are named like the example's."""
+    parts = [to_dataset(batch) for batch in batches]
+    if not parts:
+        raise DataError(f"`{role}` has no batches; give an iterable of at least one.")
+    names = list(example.inputs)
+    for part in parts:
+        if len(part.inputs) != len(names):
+            raise DataError(
+                f"`{role}` batches have {len(part.inputs)} inputs, `example_inputs` has {len(names)}; give batches of what the network takes."
+            )
+    inputs = {
+        name: np.concatenate(
+            [list(part.inputs.values())[number] if not part.keyword else part.inputs[name] for part in parts]
+        )
+        for number, name in enumerate(names)
+    }
+    given = [part.labels for part in parts if part.labels is not None]
+    labels = np.concatenate(given) if len(given) == len(parts) else None
+    return Dataset(inputs, labels, role, keyword=example.keyword)
+
+
+def _script_report(session: Session, outcome: Outcome, pruned: nn.Module, seconds: float) -> Report:
+    one = session.roles.calibration.take([0])
+    before, after = (
+        Side(
+            params=cost.total(cost.parameters(network)),
+            macs=cost.total(cost.macs(network, one)),
+            weight_bytes=cost.weight_bytes(network),
+        )
+        for network in (session.baseline, pruned)
+    )
+    reasons = [
+        *outcome.shortfalls,
+        *([] if outcome.plan.removes else ["nothing could be pruned; every reason is listed under `passes`"]),
+    ]
+    return Report(
+        verdict="fail" if reasons else "pass",
+        reasons=reasons,
+        baseline=before,
+        candidate=after,
+        ratios=Ratios(params=ratio(after.params, before.params), macs=ratio(after.macs, before.macs)),
+        passes=list(outcome.records),
+        notes=list(session.roles.notes),
+        environment=environment(session.seed, 1),
+        seconds=seconds,
+    )
