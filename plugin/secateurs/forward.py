@@ -15,6 +15,7 @@ from secateurs.data import Dataset, Roles
 
 __all__ = [
     "call",
+    "examples_per_pass",
     "frozen_randomness",
     "ignores_padding",
     "inference",
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 LIKE_LENGTHS = 32
-"""Examples per forward pass, at the most, where batches are trimmed: more would differ in length."""
+"""Examples per forward pass, at the most, where batches are trimmed."""
 PADDING_TOLERANCE = 1e-4
 """Share of the largest prediction by which it may differ without padding: rounding, as products of other sizes are summed in another order."""
 
@@ -103,12 +104,15 @@ def frozen_randomness(seed: int) -> Iterator[None]:
 
 def predict(model: nn.Module, data: Dataset, batch_size: int = 256) -> Tensor:
     """Return the network's prediction for every example, in evaluation mode."""
+    batches = data.longest_first().batches(examples_per_pass(data, batch_size))
     with inference(model):
-        if not data.trims:
-            return torch.cat([logits(call(model, batch)).detach() for batch in data.batches(batch_size)])
-        batches = data.longest_first().batches(min(batch_size, LIKE_LENGTHS))
         found = torch.cat([logits(call(model, batch)).detach() for batch in batches])
-    return found[torch.as_tensor(np.argsort(data.by_length()), device=found.device)]
+    return found[torch.as_tensor(np.argsort(data.by_length()), device=found.device)] if data.trims else found
+
+
+def examples_per_pass(data: Dataset, most: int = 256) -> int:
+    """Return how many examples a forward pass takes: fewer where batches are trimmed, as more would differ in length."""
+    return min(most, LIKE_LENGTHS) if data.trims else most
 
 
 def ignores_padding(model: nn.Module, data: Dataset) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.data import Dataset
-from secateurs.forward import call, frozen_randomness, inference, logits, output_tensors
+from secateurs.forward import call, examples_per_pass, frozen_randomness, inference, logits, output_tensors
 from secateurs.layers import mixes
 
 __all__ = ["Prefix", "Timeline"]
@@ -85,7 +85,7 @@ class Prefix:
         data: the examples; batches are made of those of like lengths, where they are trimmed.
         before: the layers from which on the network may change.
         timeline: of the network.
-        batch_size: examples per forward pass.
+        batch_size: examples per forward pass; None takes as many as `secateurs.forward.predict`.
         start: a recording that ends earlier, to go on from.
         limit: bytes that the recording may take.
     """
@@ -97,13 +97,13 @@ class Prefix:
         before: Collection[str],
         timeline: Timeline,
         *,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         start: Prefix | None = None,
         limit: int = LIMIT,
     ) -> None:
         self._model = model
         self._order = data.by_length()
-        self.batches = list(data.take(self._order).batches(batch_size))
+        self.batches = list(data.take(self._order).batches(batch_size or examples_per_pass(data)))
         self._modules = {name: model.get_submodule(name) for name in timeline.finished(before)}
         self._recorded: list[dict[str, list[Any]]] = []
         self._unread: set[str] = set()
