@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from secateurs.data import Dataset
 from secateurs.forward import call, kl_divergence, predict
 
-__all__ = ["recalibrate"]
+__all__ = ["estimate_statistics", "recalibrate"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -30,12 +31,33 @@ def recalibrate(
     Returns:
         Whether the new statistics were kept.
     """
-    norms = [module for module in model.modules() if isinstance(module, _NORMS) and module.track_running_stats]
+    norms = _norms(model)
     if not norms:
         return False
     reference = predict(dense, held_out)
     before = kl_divergence(reference, predict(model, held_out))
-    saved = [(norm, norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
+    saved = [copy.deepcopy(norm.state_dict()) for norm in norms]
+    estimate_statistics(model, calibration, batch_size=batch_size)
+    if kl_divergence(reference, predict(model, held_out)) < before:
+        return True
+    for norm, state in zip(norms, saved, strict=True):
+        norm.load_state_dict(state)
+    return False
+
+
+def estimate_statistics(model: nn.Module, data: Dataset, *, batch_size: int = 128) -> bool:
+    """Set the running statistics of every BatchNorm to the mean over the batches of `data`, in place.
+
+    Args:
+        model: the network; modes and momenta come out as they went in.
+        data: the examples; a batch of one is left out.
+        batch_size: examples per forward pass.
+
+    Returns:
+        Whether there is any BatchNorm with running statistics.
+    """
+    norms = _norms(model)
+    momenta = [norm.momentum for norm in norms]
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -44,16 +66,16 @@ def recalibrate(
             norm.momentum = None  # a plain average over the batches
             norm.train()
         with torch.no_grad():
-            for batch in calibration.batches(batch_size):
+            for batch in data.batches(batch_size) if norms else ():
                 if len(batch) > 1:
                     call(model, batch)
     finally:
-        for norm, momentum, _ in saved:
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         for module, training in modes:
             module.training = training
-    if kl_divergence(reference, predict(model, held_out)) < before:
-        return True
-    for norm, _, state in saved:
-        norm.load_state_dict(state)
-    return False
+    return bool(norms)
+
+
+def _norms(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, _NORMS) and module.track_running_stats]

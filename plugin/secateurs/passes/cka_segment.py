@@ -7,8 +7,8 @@ that cannot be bypassed (stage entries) stay.
 
 References:
     Li et al. 2024, SGLP (arXiv 2410.14720). Paper mode is `estimator: biased`, `representation: sum`, `score: gradnorm` and `segments` set by
-    hand. We differ by the unbiased estimator, by whole CKA rows instead of their sums, by the measured score, by one global budget instead of counts
-    per segment, and by leaving stage entries alone (the released code initialises them at random).
+    hand. We differ by the unbiased estimator, by whole CKA rows instead of their sums, by the measured score, by one global budget instead
+    of counts per segment, and by leaving stage entries alone (the released code initialises them at random).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A block is not removed alone: what a removal costs depends on those before it, and on what mending can repair. So each step bypasses every
 candidate in turn on the network that the steps before left, mends it, and removes the one that does least harm. Mending is a small version of
-what the pipeline does after the removal: the layers up to the end of the next block are refitted towards the network before all removals, and
-BatchNorm is recalibrated; each is kept only where the held-out divergence falls.
+what the pipeline does after the removal: the layers up to the end of the next block are refitted towards the network before all removals, or
+BatchNorm is recalibrated; either is kept only if the held-out divergence falls.
 
 References:
     Song et al. 2024, SLEB (greedy removal, measured again after each); the refit is that of `secateurs.refit`.
@@ -26,7 +26,7 @@ from secateurs.interfaces import ProgressEvent
 from secateurs.passes.base import Context
 from secateurs.passes.depth import Removal, dropping, layers_after, within
 from secateurs.plan import Plan
-from secateurs.recalibration import recalibrate
+from secateurs.recalibration import estimate_statistics
 from secateurs.refit import refit
 from secateurs.surgery import applied
 
@@ -75,7 +75,7 @@ class Trials:
         context: of the network.
         measured_on: examples for the divergence.
         statistics: examples for refit and recalibration.
-        reach: how many of the blocks behind the removed one are refitted; 0 refits nothing.
+        reach: how many of the blocks behind the removed one are refitted; 0 refits none and recalibrates BatchNorm instead.
     """
 
     def __init__(self, context: Context, *, measured_on: Dataset, statistics: Dataset, reach: int) -> None:
@@ -94,24 +94,20 @@ class Trials:
             following: the blocks behind it that are left.
         """
         plan = dropping(network, [Removal(block, "on trial")])
-        best = self._measured(applied(network, plan))
-        consumers = self._consumers(network, plan, following)
-        if consumers:
-            refitted = copy.deepcopy(best.network)
-            dense = self.context.model
-            refit(refitted, dense, Plan(), consumers, self.statistics, seed=self.context.seed)
-            best = min(best, self._measured(refitted), key=lambda trial: trial.score)
-        if recalibrate(best.network, self.context.model, self.statistics, self.measured_on):
-            best = self._measured(best.network)
-        return best
+        plain = self._measured(applied(network, plan))
+        mended = copy.deepcopy(plain.network)
+        if self.reach:
+            dense, consumers = self.context.model, self._consumers(network, plan, following)
+            changed = bool(refit(mended, dense, Plan(), consumers, self.statistics, seed=self.context.seed))
+        else:
+            changed = estimate_statistics(mended, self.statistics)
+        return min(plain, self._measured(mended), key=lambda trial: trial.score) if changed else plain
 
     def _measured(self, network: nn.Module) -> Trial:
         return Trial(kl_divergence(self._reference, predict(network, self.measured_on)), network)
 
     def _consumers(self, network: nn.Module, plan: Plan, following: Sequence[Block]) -> list[str]:
         """Return the layers behind the dropped block, up to the end of the last block in reach."""
-        if not self.reach:
-            return []
         behind = layers_after(network, self.context.example, plan)
         if len(following) < self.reach:
             return list(behind)
