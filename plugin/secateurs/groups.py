@@ -173,6 +173,7 @@ def group_importances(
     roots: Sequence[str],
     importance: Callable[[Any], torch.Tensor],
     limits: Limits | None = None,
+    prepare: Callable[[nn.Module], None] = lambda _: None,
 ) -> dict[str, list[float]]:
     """Score the units of some groups with one of torch-pruning's importances.
 
@@ -182,6 +183,7 @@ def group_importances(
         roots: names of the groups' root layers.
         importance: called with torch-pruning's own group; returns one score per unit, higher is kept.
         limits: time and size.
+        prepare: called with the copy before anything is scored, for example to give it gradients.
 
     Returns:
         The scores by root.
@@ -195,6 +197,7 @@ def group_importances(
         deadline.restart()
         try:
             graph = _build(twin, example)
+            prepare(twin)
             for root in roots:
                 deadline.restart()
                 scores = importance(_enumerate(graph, twin.get_submodule(root)))

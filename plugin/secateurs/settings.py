@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 __all__ = [
+    "BaselineSettings",
     "BlockInfluenceSettings",
     "CkaClusterSettings",
     "CkaSegmentSettings",
@@ -22,6 +23,7 @@ __all__ = [
     "PassSettings",
     "RandomBlocksSettings",
     "RecoverySettings",
+    "SearchSettings",
     "TargetSettings",
 ]
 
@@ -135,9 +137,21 @@ class NodeSettings(PassSettings):
 
     target_macs: TargetRatio | None = Field(None, description="MACs left, candidate / baseline")
     target_parameters: TargetRatio | None = Field(None, description="parameters left, candidate / baseline")
+    target_latency: TargetRatio | None = Field(
+        None, description="latency left on the first target, candidate / baseline, as its cost model predicts it"
+    )
+    target_peak_memory: TargetRatio | None = Field(
+        None, description="peak memory of a run left on the first target, candidate / baseline, as its cost model plans it"
+    )
     target_units: TargetRatio | None = Field(None, description="share of units left in every group")
     allocation: Literal["measured", "uniform"] = Field(
         "measured", description="how removals are spread over groups to meet a target"
+    )
+    steps: int = Field(
+        1,
+        ge=1,
+        description="reach the target in this many steps: each ranks and measures the units of the network that the one before left, against "
+        "the dense network",
     )
     refit: Literal["dense", "none"] = Field(
         "dense", description="least-squares update of the consumers towards the dense network"
@@ -153,7 +167,11 @@ class NodeSettings(PassSettings):
         "can describe the network",
     )
     min_units: int = Field(1, ge=1, description="units that every group keeps at the least")
-    round_to: int = Field(1, ge=1, description="keep a multiple of this many units in every group")
+    round_to: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="keep a multiple of this many units in every group; `auto` asks the first target what it likes; None is `auto` for latency "
+        "and peak memory, 1 otherwise",
+    )
     grid: int = Field(8, ge=2, le=64, description="removal ratios that measured allocation tries per group")
     held_out: int = Field(
         256, ge=16, description="examples on which allocation measures divergence from the dense network"
@@ -180,16 +198,21 @@ class MiNodesSettings(NodeSettings):
     loss_weighting: bool = Field(True, description="weight the consumer's outputs by their mean squared loss gradient")
 
 
-class MagnitudeSettings(NodeSettings):
-    """Options of `magnitude`: Torch-Pruning's group magnitude importance."""
+class BaselineSettings(NodeSettings):
+    """Options of the node baselines, which do what their papers do unless asked for more: one ratio for all groups, no refit."""
 
-    p: Literal[1, 2] = Field(2, description="norm")
     refit: Literal["dense", "none"] = Field(
         "none", description="least-squares update of the consumers towards the dense network"
     )
     allocation: Literal["measured", "uniform"] = Field(
         "uniform", description="how removals are spread over groups to meet a target"
     )
+
+
+class MagnitudeSettings(BaselineSettings):
+    """Options of `magnitude`: Torch-Pruning's group magnitude importance."""
+
+    p: Literal[1, 2] = Field(2, description="norm")
 
 
 class RecoverySettings(PassSettings):
@@ -225,6 +248,16 @@ class RecoverySettings(PassSettings):
     def _yaml_no(cls, value: object) -> object:
         """Read YAML's bare `no`, which is false, as it was meant."""
         return "no" if value is False else value
+
+
+class SearchSettings(PassSettings):
+    """How the smallest network within `budget.accuracy_drop` is searched, where a pass leaves open how much it removes."""
+
+    cost: str = Field("macs", description="what is made small: a registered cost model")
+    resolution: float = Field(
+        0.02, gt=0, lt=1, description="difference of two costs, candidate / baseline, that is not worth another trial"
+    )
+    trials: int = Field(24, ge=1, description="networks that are tried at the most")
 
 
 class ExportSettings(PassSettings):

@@ -36,11 +36,16 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "random-blocks": [{"blocks": 1}],
     "block-influence": [{"target_parameters": 0.9, "refit": "none"}],
     "loss-greedy": [{"target_macs": 0.9, "samples": 32}],
-    "mi-nodes": [{"target_macs": 0.6, "grid": 3}, {"target_units": 0.5, "criteria": ["residual"], "refit": "none"}],
+    "mi-nodes": [
+        {"target_macs": 0.6, "grid": 3, "steps": 2},
+        {"target_units": 0.5, "criteria": ["residual"], "refit": "none"},
+    ],
     "magnitude": [
         {"target_parameters": 0.6},
         {"target_macs": 0.6, "grid": 3, "allocation": "measured", "refit": "dense"},
     ],
+    "taylor": [{"target_macs": 0.6}, {"target_units": 0.5, "refit": "dense"}],
+    "random-nodes": [{"target_macs": 0.6}],
 }
 """Options that make each pass do something; a pass that is registered and not listed here fails the tests."""
 

@@ -45,6 +45,18 @@ def secateurs_register_passes(register: Registrar[type[Pass]]) -> None:
         settings="secateurs.settings:MagnitudeSettings",
     )
     register(
+        "taylor",
+        "secateurs.passes.baselines:Taylor",
+        summary="remove the units that the loss is least sensitive to (Torch-Pruning's group Taylor), a baseline",
+        settings="secateurs.settings:BaselineSettings",
+    )
+    register(
+        "random-nodes",
+        "secateurs.passes.baselines:RandomNodes",
+        summary="remove units at random, the baseline that has to be beaten",
+        settings="secateurs.settings:BaselineSettings",
+    )
+    register(
         "random-blocks",
         "secateurs.passes.block_baselines:RandomBlocks",
         summary="bypass blocks drawn at random, the baseline for depth",

@@ -36,6 +36,7 @@ Trial = tuple[str, int, str]
 
 def best_orders(
     survey: Survey,
+    dense: nn.Module,
     orders: Mapping[str, Mapping[str, Order]],
     counts: Mapping[str, Sequence[int]],
     held_out: Dataset,
@@ -46,7 +47,8 @@ def best_orders(
     """Return, per group and width, the removal order of least divergence when that group alone is pruned and refitted.
 
     Args:
-        survey: groups and statistics of the dense network.
+        survey: groups and statistics of the network that is pruned.
+        dense: the network that it should behave like; where it has been pruned already, the divergences are the increases of what it has.
         orders: removal orders by group and criterion.
         counts: the widths to try, by group.
         held_out: examples that the statistics were not gathered on.
@@ -54,7 +56,9 @@ def best_orders(
         measured: divergences that are known; new ones are added.
         progress: called with trials done, their total, and a word on the current one.
     """
-    reference = predict(survey.model, held_out)
+    reference, now = predict(dense, held_out), 0.0
+    if dense is not survey.model:
+        now = kl_divergence(reference, predict(survey.model, held_out))
     timeline = Timeline(survey.model, held_out.take(range(min(2, len(held_out)))))
     total = sum(len(counts[group.root]) * len(orders[group.root]) for group in survey.groups)
     table: dict[str, list[Option]] = {}
@@ -77,7 +81,7 @@ def best_orders(
                 if trial not in measured and prefix is not None:
                     units = removed_units(order.units, group.units, keep)
                     with pruned_alone(survey, group, units, settings):
-                        measured[trial] = kl_divergence(reference, prefix.predict()) if units else 0.0
+                        measured[trial] = kl_divergence(reference, prefix.predict()) - now if units else 0.0
                 options.append(Option(keep, measured[trial], criterion))
             table[group.root].append(min(options, key=lambda option: option.divergence))
     return table

@@ -6,7 +6,7 @@ that couples the wrong channels is refused with a reason and the rest is still p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from secateurs.report import Skipped
 from secateurs.settings import NodeSettings
 from secateurs.surgery import is_splittable
 
-__all__ = ["Survey", "checked_groups", "fused_attention", "merged", "norm_order", "sizes"]
+__all__ = ["Survey", "checked_groups", "fused_attention", "merged", "norm_order", "sizes", "weight_order"]
 
 
 class Survey:
@@ -219,15 +219,25 @@ def _reader_moments(
 
 def norm_order(model: nn.Module, group: Group) -> Order:
     """Order units by the squared norm of all weights that produce or read them."""
-    norm = torch.zeros(group.units, dtype=torch.float64)
+    return weight_order(model, group, lambda weight: weight.detach().double().square())
+
+
+def weight_order(model: nn.Module, group: Group, weigh: Callable[[nn.Parameter], Tensor]) -> Order:
+    """Order units by a quantity summed over all weights that produce or read them.
+
+    Args:
+        model: the network.
+        group: the units.
+        weigh: a weight to what each of its entries counts, same shape.
+    """
+    total = torch.zeros(group.units, dtype=torch.float64)
     for member in group.members:
         layer: Any = model.get_submodule(member.module)
-        weight = layer.weight.detach().double()
-        if weight.ndim < 2:
+        if layer.weight.ndim < 2:
             continue
         out_dim, in_dim = weight_dims(layer)
         dim = in_dim if member.kind == "in" else out_dim
-        per_channel = weight.movedim(dim, 0).flatten(1).square().sum(1)
-        norm += per_channel[torch.as_tensor(member.index)].sum(1)
-    order = norm.argsort()[:-1]
-    return Order(tuple(order.tolist()), tuple(norm[order].tolist()))
+        per_channel = weigh(layer.weight).double().movedim(dim, 0).flatten(1).sum(1)
+        total += per_channel[torch.as_tensor(member.index)].sum(1).cpu()
+    order = total.argsort()[:-1]
+    return Order(tuple(order.tolist()), tuple(total[order].tolist()))

@@ -9,14 +9,15 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
-from secateurs.allocation import Option, WidthCost, allocate, allocate_uniform
+from secateurs.allocation import Option, allocate, allocate_uniform
 from secateurs.errors import RecipeError
 from secateurs.groups import Group, plan_removal
 from secateurs.information import Order
 from secateurs.interfaces import ProgressEvent
 from secateurs.passes.base import Context, Pass, Proposal
 from secateurs.passes.measured import Trial, best_orders
-from secateurs.passes.survey import Survey, checked_groups, fused_attention, merged, sizes
+from secateurs.passes.survey import Survey, checked_groups, fused_attention, merged
+from secateurs.passes.targets import COSTS, Prices, Rounding
 from secateurs.plan import Plan, SplitAttention
 from secateurs.probe import execution_order
 from secateurs.refit import refittable
@@ -26,7 +27,7 @@ from secateurs.settings import NodeSettings
 
 __all__ = ["NodePass"]
 
-TARGETS = ("macs", "parameters", "units")
+TARGETS = (*COSTS, "units")
 """What a node pass can be given a target for."""
 _CHOICES = ", ".join(f"`target_{kind}`" for kind in TARGETS)
 
@@ -39,8 +40,10 @@ class NodePass(Pass):
 
     def __init__(self, settings: NodeSettings | None = None, **options: Any) -> None:
         super().__init__(settings, **options)
-        self._done = False
+        self._step = 0
         self._split = False
+        self._dense: nn.Module | None = None
+        self._units: dict[str, int] = {}
         self._known = _Known()
         given = self._given()
         if len(given) > 1:
@@ -77,19 +80,23 @@ class NodePass(Pass):
         """Return the removal orders of each group, by root and by the name of the criterion."""
 
     def propose(self, context: Context) -> Proposal:
-        """Return every group's removals, for the target of the whole network; before it, once, what makes heads removable."""
-        if self._done:
+        """Return every group's removals, for the target of the next step; before the first, once, what makes heads removable."""
+        if self._step == self.settings.steps:
             return Proposal(Plan())
         fused = [] if self._split or not self.settings.heads else fused_attention(context.model)
         self._split = True
         if fused:
             why = "its heads can go only with its projections apart"
             return Proposal(Plan(edits=tuple(SplitAttention(module=path, reason=why) for path in fused)))
-        self._done = True
+        self._step += 1
+        self._dense = self._dense or context.model
         self._find_out(context)
         known = self._known
         if known.survey is None:
+            self._step = self.settings.steps
             return Proposal(Plan(), known.skipped)
+        for group in known.survey.groups:
+            self._units.setdefault(group.root, group.units)
         chosen, details = self._allocate(known.survey, context)
         plan = Plan()
         for group in known.survey.groups:
@@ -108,10 +115,8 @@ class NodePass(Pass):
         kind, target = self._target()
         if kind == "units":
             return None
-        model_cost = context.cost_models(kind)
-        left = sum(model_cost(context.model, context.example).values()) / sum(
-            model_cost(context.baseline, context.example).values()
-        )
+        prices = Prices(context, kind)
+        left = prices.total(context.model) / prices.total(context.baseline)
         if left <= target * (1 + 1e-9):
             return None
         return f"{self.name}: `target_{kind}` {target:g} was not reached: {left:.4f} is left; what was not pruned is listed with its reason"
@@ -149,34 +154,46 @@ class NodePass(Pass):
 
     def _allocate(self, survey: Survey, context: Context) -> tuple[Mapping[str, Option], dict[str, Any]]:
         settings, orders = self.settings, self._known.orders
-        widths = {"min_units": settings.min_units, "round_to": settings.round_to}
+        kind, target = self._target()
+        rounding = Rounding(settings, kind, context)
+
+        def widths(group: Group) -> dict[str, int]:
+            return {"min_units": settings.min_units, "round_to": rounding.of(group)}
 
         def uniform(ratio: float) -> Mapping[str, int]:
-            return {group.root: keep_for_ratio(group.units, ratio, **widths) for group in survey.groups}
+            return {
+                group.root: min(group.units, keep_for_ratio(self._units[group.root], ratio, **widths(group)))
+                for group in survey.groups
+            }
 
-        kind, target = self._target()
+        share = self._step / settings.steps
         if kind == "units":
+            target **= share
             table = self._options({root: [count] for root, count in uniform(target).items()}, context)
             return {root: options[0] for root, options in table.items()}, {"allocation": "target_units"}
-        model_cost = context.cost_models(kind)
-        costs, known_sizes = model_cost(context.model, context.example), sizes(context.model, survey.groups)
-        allowed = target * sum(model_cost(context.baseline, context.example).values())
+        prices = Prices(context, kind)
+        allowed = target * prices.total(context.baseline)
+        if share < 1:
+            entry = prices.total(self._dense or context.model)
+            allowed = entry * min(1.0, allowed / entry) ** share
+        apart = [(group, [group]) for group in survey.groups]
         if settings.allocation == "uniform":
-            keep = allocate_uniform(WidthCost(costs, survey.groups, known_sizes), uniform, allowed)
+            keep = allocate_uniform(prices.of_widths(context.model, apart), uniform, allowed)
             return {root: Option(count, 0.0, next(iter(orders[root]))) for root, count in keep.items()}, {
-                "allocation": "uniform"
+                "allocation": "uniform",
+                "rounding": rounding.why,
             }
-        counts = {group.root: keep_counts(group.units, settings.grid, **widths) for group in survey.groups}
+        counts = {group.root: keep_counts(group.units, settings.grid, **widths(group)) for group in survey.groups}
         table = self._options(counts, context)
-        kinds = merged(survey.groups) if settings.uniform else [(group, [group]) for group in survey.groups]
+        kinds = merged(survey.groups) if settings.uniform else apart
         summed = {whole.root: _summed([table[group.root] for group in like]) for whole, like in kinds}
-        of_kinds = allocate(WidthCost(costs, [whole for whole, _ in kinds], known_sizes), summed, allowed)
+        of_kinds = allocate(prices.of_widths(context.model, kinds), summed, allowed)
         chosen = {
             group.root: next(o for o in table[group.root] if o.keep == of_kinds[whole.root].keep)
             for whole, like in kinds
             for group in like
         }
-        return chosen, {"allocation": "measured", "divergences": _as_details(table)}
+        return chosen, {"allocation": "measured", "rounding": rounding.why, "divergences": _as_details(table)}
 
     def _options(self, counts: Mapping[str, Sequence[int]], context: Context) -> dict[str, list[Option]]:
         """Return the best removal order of each group at each width, measured on held-out examples."""
@@ -185,6 +202,7 @@ class NodePass(Pass):
         source = context.validation or context.calibration
         return best_orders(
             known.survey,
+            self._dense or context.model,
             known.orders,
             counts,
             source.take(range(min(self.settings.held_out, len(source)))),

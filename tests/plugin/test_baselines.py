@@ -1,0 +1,71 @@
+"""The node baselines against what their papers say, computed by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from networks import mlp, vectors
+from torch.nn import functional as F
+
+from secateurs.forward import predict
+from secateurs.passes.base import Context
+from secateurs.passes.baselines import Magnitude, RandomNodes, Taylor
+from secateurs.passes.survey import Survey, checked_groups
+from secateurs.settings import NodeSettings
+
+
+@pytest.fixture
+def setting():
+    model, data = mlp().eval(), vectors(40)
+    data = replace(data, labels=np.random.default_rng(0).integers(0, 3, len(data)))
+    groups, _ = checked_groups(model, data.take(range(2)), NodeSettings())
+    return model, data, Survey(model, groups, data, 0)
+
+
+def orders(step, model, data, survey, seed=0):
+    context = Context(model=model, baseline=model, calibration=data, seed=seed)
+    return {root: found[step.name].units for root, found in step.orders(survey, context).items()}
+
+
+def by_hand(model, survey, importance):
+    """Return the sum of the importance over the weights that produce or read each unit."""
+    found = {}
+    for group in survey.groups:
+        total = np.zeros(group.units)
+        for member in group.members:
+            values = importance(model.get_submodule(member.module).weight).detach().double()
+            per_unit = (values.sum(0) if member.kind == "in" else values.flatten(1).sum(1))[member.index[:, 0]].numpy()
+            total += per_unit
+        found[group.root] = total
+    return found
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_taylor_is_the_first_order_change_of_the_loss(setting, labelled):
+    model, data, survey = setting
+    given = data if labelled else replace(data, labels=None)
+    labels = torch.from_numpy(data.labels) if labelled else predict(model, data).argmax(1)
+    found = orders(Taylor(target_units=0.5), model, given, survey)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with torch.enable_grad():
+        F.cross_entropy(model(torch.from_numpy(data.inputs["input"])), labels).backward()
+    expected = by_hand(model, survey, lambda weight: (weight * weight.grad).abs())
+    for root, units in found.items():
+        assert list(units) == np.argsort(expected[root], kind="stable")[:-1].tolist()
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_magnitude_is_the_norm_of_a_units_weights(setting, p):
+    model, data, survey = setting
+    expected = by_hand(model, survey, lambda weight: weight.abs() ** p)
+    for root, units in orders(Magnitude(target_units=0.5, p=p), model, data, survey).items():
+        assert list(units) == np.argsort(expected[root], kind="stable")[:-1].tolist()
+
+
+def test_chance_follows_the_seed(setting):
+    step = RandomNodes(target_units=0.5)
+    first, again, other = (orders(step, *setting, seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+    for group in setting[2].groups:
+        assert len(set(first[group.root])) == group.units - 1
