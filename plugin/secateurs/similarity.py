@@ -92,12 +92,18 @@ def _gram(x: Tensor) -> Tensor:
 def _product(flat: Tensor) -> Tensor:
     r"""Return $X X^\top$, float64: products of pieces of the features in their own precision, summed in float64.
 
-    The pieces are views. Without them, the product of so long a matrix uses one thread, and float32 loses a digit to its length.
+    The pieces are views. Without them, the product of so long a matrix uses one thread, and float32 loses a digit to its length. A Gram matrix
+    is symmetric: its lower left quarter is not computed.
     """
     n, width = flat.shape
-    parts = math.gcd(width, max(width // PIECE, 1))
+    parts, half = math.gcd(width, max(width // PIECE, 1)), n // 2
     pieces = flat.view(n, parts, width // parts).transpose(0, 1)
-    return torch.bmm(pieces, pieces.transpose(1, 2)).sum(0, dtype=torch.float64)
+    upper, lower = pieces[:, :half], pieces[:, half:]
+    gram = torch.empty(n, n, dtype=torch.float64, device=flat.device)
+    gram[:half] = torch.bmm(upper, pieces.transpose(1, 2)).sum(0, dtype=torch.float64)
+    gram[half:, half:] = torch.bmm(lower, lower.transpose(1, 2)).sum(0, dtype=torch.float64)
+    gram[half:, :half] = gram[:half, half:].T
+    return gram
 
 
 def _without_mean(flat: Tensor) -> Tensor:
