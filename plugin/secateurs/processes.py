@@ -6,6 +6,7 @@ same work on the same data; training is shared (`secateurs.loops`), and what is 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 from collections.abc import Callable
@@ -59,7 +60,10 @@ def join() -> Any:
             f"pip install 'secateurs[train]', or start one process."
         ) from None
     import torch
+    from torch import distributed
 
+    if not distributed.is_initialized():
+        atexit.register(_leave)
     forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     state = PartialState(cpu=forced or not torch.accelerator.is_available())
     if state.num_processes != count():
@@ -94,6 +98,18 @@ def from_main(make: Callable[[], Value], write: Callable[[Value], str], read: Ca
     text = torch.from_numpy(np.frombuffer(told.ljust(int(size)), dtype=np.uint8).copy())
     distributed.broadcast(text, 0, group)
     return read(text.numpy().tobytes().decode()) if value is None else value
+
+
+def _leave() -> None:
+    """Close what we opened: gloo's threads, if they still run when the interpreter goes, end the process with an error."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return
+    if distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
+    elif _group.cache_info().currsize:
+        distributed.destroy_process_group(_group())
 
 
 @functools.cache

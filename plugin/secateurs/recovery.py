@@ -260,14 +260,22 @@ def _loss(
         with inference(teacher):
             target = logits(call(teacher, batch)).reshape(-1, prediction.shape[-1])
         temperature = settings.temperature
-        divergence = F.kl_div(
+        rows = F.kl_div(
             F.log_softmax(flat / temperature, -1),
             F.log_softmax(target.to(flat) / temperature, -1),
             log_target=True,
-            reduction="batchmean",
-        )
-        terms.append(temperature**2 * divergence * (len(batch) / len(whole)))
+            reduction="none",
+        ).sum(-1)
+        terms.append(temperature**2 * _mean(rows, prediction.shape[:-1], batch, whole))
     return torch.stack(terms).mean()
+
+
+def _mean(rows: Tensor, shape: torch.Size, batch: Dataset, whole: Dataset) -> Tensor:
+    """Return the share of `batch` in the mean of `rows` over `whole`; where there is a row per token, without padding."""
+    if batch.tokens is None or whole.tokens is None or batch.tokens.shape != shape:
+        return rows.mean() * (len(batch) / len(whole))
+    counted = torch.as_tensor(batch.tokens, device=rows.device).reshape(-1)
+    return rows[counted].sum() / max(1, int(whole.tokens.sum()))
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def digest(model: nn.Module, teacher: nn.Module | None, data: Dataset, *said: ob
     if data.labels is not None:
         arrays.append(("labels", data.labels))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    hashed.update(repr((said, data.keyword, trained)).encode())
+    hashed.update(repr((said, data.keyword, data.trims, trained)).encode())
     for name, array in arrays:
         _absorb(hashed, name, array.dtype, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     for network in (model, *([] if teacher is None else [teacher])):

@@ -162,6 +162,34 @@ def test_parts_of_a_batch_weigh_by_the_labels_that_count():
     assert float(_loss(model, None, whole, settings).detach()) == pytest.approx(expected, rel=1e-5)
 
 
+class PerToken(nn.Module):
+    """A prediction for every token, padding included, as encoders give it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 5)
+
+    def forward(self, input_ids, attention_mask):
+        return self.embedding(input_ids)
+
+
+def test_distillation_leaves_padding_out():
+    generator = np.random.default_rng(0)
+    lengths = np.array([6, 1, 4, 2, 3])
+    mask = (np.arange(6) < lengths[:, None]).astype(np.int64)
+    whole = Dataset({"input_ids": generator.integers(0, 20, (5, 6)), "attention_mask": mask}, keyword=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        student, teacher = PerToken(), PerToken()
+    settings = RecoverySettings(temperature=2.0)
+    p, q = (softmax(predict(model, whole).double().numpy()[mask == 1] / 2) for model in (teacher, student))
+    expected = 4 * (p * np.log(p / q)).sum(1).mean()
+    assert float(_loss(student, teacher, whole, settings).detach()) == pytest.approx(expected, rel=1e-5)
+    parts = [whole.take(range(start, stop)) for start, stop in ((0, 1), (1, 5))]
+    shares = sum(float(_loss(student, teacher, part, settings, whole).detach()) for part in parts)
+    assert shares == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_single_example_trains_only_without_batch_norm():
     one = images(1, labels=True)
     steps = []
