@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from secateurs.report import write_text
-from secateurs.tables import figure_rows
+from secateurs.tables import TRIAL_HEADINGS, figure_rows, trial_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,6 +43,13 @@ code { overflow-wrap: anywhere; }
 <td class="number">{{ row.candidate }}</td><td class="number">{{ row.ratio }}</td><td class="number">{{ row.budget }}</td>
 <td class="{{ row.status or '' }}">{{ row.status or '' }}</td></tr>
 {% endfor %}</tbody></table></div>
+{% if trials %}<h2>Search</h2>
+<p>The networks that were tried, judged on validation data before any training at the end. Costs are ratios to the baseline.</p>
+<div class="scroll"><table>
+<thead><tr>{% for heading in trial_headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in trials %}<tr>{% for cell in row %}<td class="number">{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>{% endif %}
 {% for record in report.passes %}
 <h2>{{ record.name }}</h2>
 <p>{{ record.edits }} edits in {{ '%.1f' % record.seconds }} s.
@@ -74,7 +81,9 @@ def render(report: Report) -> str:
     data: dict[str, Any] = report.model_dump()
     for record in data["passes"]:
         record["details"].setdefault("cka", None)
-    return environment.from_string(_TEMPLATE).render(report=data, rows=figure_rows(report))
+    return environment.from_string(_TEMPLATE).render(
+        report=data, rows=figure_rows(report), trials=trial_rows(report.trials), trial_headings=TRIAL_HEADINGS
+    )
 
 
 def write_report_page(report: Report, folder: Path) -> None:

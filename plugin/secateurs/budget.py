@@ -15,7 +15,7 @@ from secateurs.errors import BudgetError, unknown_name
 from secateurs.intervals import paired_difference_interval
 from secateurs.report import BudgetRow, Estimate, Ratios, Side, Status, TargetFigures, TargetRatios
 
-__all__ = ["MIB", "Budget", "judge", "parse_budget", "verdict"]
+__all__ = ["MIB", "Budget", "accuracy_row", "judge", "parse_budget", "verdict"]
 
 MIB = 1024 * 1024
 
@@ -83,7 +83,7 @@ def _target_rows(
     latency = figures.latency_ms.p50 if figures and figures.latency_ms else None
     peak = figures.peak_memory_bytes if figures else None
     return [
-        _accuracy_row(budget, label, ratios),
+        accuracy_row(budget, label, ratios),
         _interval_row("latency_ratio", label, budget.latency_ratio, ratios.latency_p50),
         _row("latency_ms", label, budget.latency_ms, latency),
         _row("peak_memory_mib", label, budget.peak_memory_mib, _scaled(peak, MIB)),
@@ -115,8 +115,8 @@ def _interval_row(name: str, target: str | None, limit: float | None, measured: 
     )
 
 
-def _accuracy_row(budget: Budget, target: str | None, ratios: TargetRatios) -> BudgetRow | None:
-    """Gate on the point drop, or on the exact paired interval at the confidence asked for."""
+def accuracy_row(budget: Budget, target: str | None, ratios: TargetRatios) -> BudgetRow | None:
+    """Gate on the point drop, or on the exact paired interval at the confidence asked for; None without a limit."""
     limit, drop, pairs = budget.accuracy_drop, ratios.accuracy_drop, ratios.accuracy_pairs
     if limit is None or drop is None:
         return _row("accuracy_drop", target, limit, None)
@@ -137,9 +137,7 @@ def _accuracy_row(budget: Budget, target: str | None, ratios: TargetRatios) -> B
         )
     low, high = paired_difference_interval(pairs.lost, pairs.gained, pairs.n, budget.accuracy_confidence)
     status = "pass" if high <= limit else "fail" if low > limit else "undecided"
-    reason = (
-        f"the {budget.accuracy_confidence:g} interval is [{low:.4f}, {high:.4f}]; more evaluation examples narrow it"
-    )
+    reason = f"the {budget.accuracy_confidence:g} interval is [{low:.4f}, {high:.4f}]; more examples narrow it"
     return BudgetRow(
         name="accuracy_drop",
         target=target,

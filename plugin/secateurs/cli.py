@@ -11,12 +11,13 @@ import json
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -24,13 +25,13 @@ from rich.table import Table
 from secateurs import hookimpl, processes
 from secateurs.errors import PluginError, SecateursError, UserError
 from secateurs.manager import Manager, PluginWarning, create_manager
-from secateurs.tables import figure_rows
+from secateurs.tables import TRIAL_HEADINGS, figure_rows, trial_rows
 
 if TYPE_CHECKING:
     from secateurs.interfaces import ProgressEvent
-    from secateurs.pipeline import Outcome
     from secateurs.registry import Entry
-    from secateurs.report import Report
+    from secateurs.report import Report, Trial
+    from secateurs.runner import Pruned
 
 __all__ = ["build_app", "main", "progress_bar", "report_table"]
 
@@ -111,7 +112,7 @@ def _interruptible(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         except KeyboardInterrupt:
             raise SecateursError(
-                "interrupted; `secateurs run --resume` goes on after the last finished pass."
+                "interrupted; `secateurs run --resume` goes on after the last finished pass or trial."
             ) from None
 
     return command
@@ -148,13 +149,13 @@ def _run(
     with progress_bar(manager) as progress:
         prepared = runner.prepare(loaded, manager, progress)
         if dry_run:
-            outcome = runner.dry_run(prepared)
+            pruned = runner.dry_run(prepared)
         else:
             report = runner.run(prepared, output, resume=resume, overwrite=overwrite)
     if dry_run:
         if processes.is_main():
-            _print_plan(outcome, prepared, as_json)
-        return 0 if outcome.plan.removes and not outcome.shortfalls else 1
+            _print_plan(pruned, prepared, as_json)
+        return 0 if pruned.outcome.plan.removes and not pruned.outcome.shortfalls else 1
     if as_json and processes.is_main():
         sys.stdout.write(report.to_json())
     elif not as_json:
@@ -162,12 +163,15 @@ def _run(
     return 0 if report.verdict == "pass" else 1
 
 
-def _print_plan(outcome: Outcome, prepared: Any, as_json: bool) -> None:
+def _print_plan(pruned: Pruned, prepared: Any, as_json: bool) -> None:
     from secateurs import cost
 
+    outcome = pruned.outcome
     if as_json:
         sys.stdout.write(outcome.plan.to_json())
         return
+    if pruned.trials:
+        _out.print(_trial_table(pruned.trials))
     for edit in outcome.plan.edits:
         if edit.edit == "drop_block":
             _out.print(f"drop block    {escape(edit.path)}  [dim]{escape(edit.reason)}[/]")
@@ -184,6 +188,8 @@ def _print_plan(outcome: Outcome, prepared: Any, as_json: bool) -> None:
 
 
 def _print_report(report: Report, output: Path) -> None:
+    if report.trials:
+        _out.print(_trial_table(report.trials))
     _out.print(report_table(report))
     for record in report.passes:
         certificate = record.certificate
@@ -210,6 +216,16 @@ def _print_report(report: Report, output: Path) -> None:
     _out.print(
         f"verdict: [bold {colour}]{report.verdict}[/]{seconds}; everything is in {escape(str(output))}", soft_wrap=True
     )
+
+
+def _trial_table(trials: Sequence[Trial]) -> Table:
+    """Return the table of the networks that a search tried."""
+    table = Table(title="trials of the search, on validation data", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in TRIAL_HEADINGS:
+        table.add_column(heading, justify="right")
+    for trial, row in zip(trials, trial_rows(trials), strict=True):
+        table.add_row(*row, style="bold green" if trial.chosen and trial.accepted else None)
+    return table
 
 
 def report_table(report: Report) -> Table:

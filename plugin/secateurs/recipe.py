@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from secateurs.budget import Budget, parse_budget
 from secateurs.data import ROLES
 from secateurs.errors import RecipeError, UserError, unknown_name
-from secateurs.settings import ExportSettings, RecoverySettings, TargetSettings
+from secateurs.settings import ExportSettings, RecoverySettings, SearchSettings, TargetSettings
 
 __all__ = ["DataSpec", "ModelSpec", "PassSpec", "Recipe", "load_recipe", "parse_pass", "parse_recipe", "settings_from"]
 
@@ -64,6 +64,7 @@ class Recipe(_Section):
     data: dict[str, DataSpec]
     metric: str = "accuracy"
     passes: tuple[PassSpec, ...] = Field(min_length=1)
+    search: SearchSettings | None = None
     recovery: RecoverySettings = RecoverySettings()
     export: ExportSettings = ExportSettings()
     budget: Budget = Budget()
@@ -96,6 +97,7 @@ class Recipe(_Section):
             "data": data,
             "metric": self.metric,
             "passes": [{spec.name: spec.options} for spec in self.passes],
+            **({} if self.search is None else {"search": self.search.model_dump(mode="json")}),
             "recovery": self.recovery.model_dump(mode="json"),
             "export": self.export.model_dump(mode="json"),
             "budget": self.budget.model_dump(mode="json", exclude_none=True),
@@ -120,6 +122,7 @@ _KEYS = (
     "data",
     "metric",
     "passes",
+    "search",
     "recovery",
     "export",
     "budget",
@@ -205,6 +208,7 @@ def parse_recipe(data: Any, *, folder: Path, overrides: Sequence[str] = ()) -> R
             data={str(role): _data(role, spec) for role, spec in _mapping(data["data"], "data").items()},
             metric=data.get("metric", "accuracy"),
             passes=tuple(parse_pass(item) for item in _list(data["passes"], "passes")),
+            search=None if data.get("search") is None else _section(SearchSettings, data["search"], "search"),
             recovery=_section(RecoverySettings, data.get("recovery"), "recovery"),
             export=_section(ExportSettings, data.get("export"), "export"),
             budget=parse_budget(_mapping(data.get("budget") or {}, "budget")),

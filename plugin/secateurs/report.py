@@ -33,6 +33,7 @@ __all__ = [
     "Skipped",
     "TargetFigures",
     "TargetRatios",
+    "Trial",
     "atomic_path",
     "report_schema",
     "write_text",
@@ -174,6 +175,50 @@ class PassRecord(_Form):
     details: dict[str, Any] = Field(default_factory=dict)
 
 
+class Trial(_Form):
+    """One network that a search tried, judged on validation data before any training at the end.
+
+    Attributes:
+        number: from 1.
+        blocks: blocks to bypass by the pass whose depth is searched.
+        target: cost that the pass whose width is searched could leave, candidate / baseline; null where it was left out.
+        edits: blocks and groups from which something was removed, by all passes.
+        cost_ratio: of the cost that is searched for.
+        macs_ratio: of MACs.
+        params_ratio: of parameters.
+        validation: the metric; null where it is not finite.
+        drop: how much worse than the baseline.
+        drop_ci95: exact interval of the paired drop, where the metric counts examples.
+        lost: examples that only the baseline gets right.
+        gained: examples that only this network gets right.
+        n: all examples.
+        accepted: whether `budget.accuracy_drop` holds.
+        chosen: whether this is the network that ships.
+        plan: file of its plan, inside the output folder.
+        seconds: to make and judge it.
+        reasons: why it was not accepted, and what could not be removed.
+    """
+
+    number: int
+    blocks: int
+    target: float | None = None
+    edits: int
+    cost_ratio: float
+    macs_ratio: float
+    params_ratio: float
+    validation: float | None = None
+    drop: float | None = None
+    drop_ci95: tuple[float, float] | None = None
+    lost: int | None = None
+    gained: int | None = None
+    n: int | None = None
+    accepted: bool
+    chosen: bool = False
+    plan: str | None = None
+    seconds: float
+    reasons: list[str] = Field(default_factory=list)
+
+
 class Parity(_Form):
     """Agreement of the exported file with the torch network."""
 
@@ -215,6 +260,7 @@ class Report(_Form):
     candidate: Side = Field(default_factory=Side)
     ratios: Ratios = Field(default_factory=Ratios)
     passes: list[PassRecord] = Field(default_factory=list)
+    trials: list[Trial] = Field(default_factory=list)
     parity: Parity | None = None
     budget: list[BudgetRow] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)

@@ -1,7 +1,7 @@
 """Running a recipe: from the YAML file to the whole output folder.
 
 Everything that a user may have got wrong is checked before anything is written. Progress is kept in `.secateurs/` inside the output folder, so
-that an interrupted run resumes after its last finished pass; the files that people read appear whole, `report.json` last.
+that an interrupted run resumes after its last finished pass or trial; the files that people read appear whole, `report.json` last.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch import nn
 from secateurs import checkpoint, cost, processes
 from secateurs.data import Dataset, resolve_roles
 from secateurs.errors import DataError, ModelError, RecipeError, UserError
-from secateurs.forward import call, inference, output_tensors, predict, trimming
+from secateurs.forward import call, inference, output_tensors, trimming
 from secateurs.interfaces import Exporter, Metric, ProgressEvent, Target
+from secateurs.judging import Validation
 from secateurs.manager import Manager
 from secateurs.passes.base import Pass
 from secateurs.pipeline import Outcome, Session, build_pass, recover, run_passes
@@ -30,11 +31,12 @@ from secateurs.plan import Plan
 from secateurs.proof import Structure, prove
 from secateurs.recipe import DataSpec, Recipe, load_recipe, settings_from
 from secateurs.recovery import check_settings
-from secateurs.report import PassRecord, Report, write_text
+from secateurs.report import PassRecord, Report, Trial, write_text
+from secateurs.search import Search, prepare_search
 from secateurs.settings import TargetSettings
-from secateurs.tables import figure_rows
+from secateurs.tables import TRIAL_HEADINGS, figure_rows, trial_rows
 
-__all__ = ["OUTPUTS", "Prepared", "dry_run", "model_card", "prepare", "run"]
+__all__ = ["OUTPUTS", "PLANS", "Prepared", "Pruned", "dry_run", "model_card", "prepare", "run"]
 
 OUTPUTS = (
     "report.json",
@@ -47,6 +49,8 @@ OUTPUTS = (
     "README.md",
 )
 """The files of an output folder."""
+PLANS = "plans"
+"""The folder in it of the plans that a search tried."""
 STATE = ".secateurs"
 
 
@@ -63,6 +67,7 @@ class Prepared:
         exporter: of the recipe.
         targets: with their settings; each said that it can measure here.
         manager: of the plugins.
+        search: where a pass leaves its target open.
     """
 
     recipe: Recipe
@@ -73,6 +78,20 @@ class Prepared:
     exporter: Exporter
     targets: list[tuple[Target, TargetSettings]]
     manager: Manager
+    search: Search | None = None
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Where the passes of a recipe led.
+
+    Attributes:
+        outcome: of the passes, or of the chosen trial of a search.
+        trials: of the search; none where there was no search.
+    """
+
+    outcome: Outcome
+    trials: list[Trial]
 
 
 def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent], None] | None = None) -> Prepared:
@@ -102,7 +121,9 @@ def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent]
         )
     model = _load_model(recipe, manager, roles.calibration)
     roles = trimming(model, roles)
-    evaluate = _evaluator(metric, roles.validation)
+    evaluate = None
+    if roles.validation is not None and roles.validation.labels is not None:
+        evaluate = Validation(metric, roles.validation)
     if trains:
         check_settings(recipe.recovery, model, evaluated=evaluate is not None)
     session = Session(
@@ -116,7 +137,8 @@ def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent]
         progress=progress or (lambda _: None),
         seed=recipe.seed,
     )
-    return Prepared(recipe, session, passes, roles.evaluation, metric, exporter, targets, manager)
+    search = prepare_search(session, passes, manager, recipe.budget, recipe.search)
+    return Prepared(recipe, session, passes, roles.evaluation, metric, exporter, targets, manager, search)
 
 
 def _load_data(spec: DataSpec, role: str, manager: Manager) -> Dataset:
@@ -150,17 +172,6 @@ def _load_model(recipe: Recipe, manager: Manager, data: Dataset) -> nn.Module:
     return model
 
 
-def _evaluator(metric: Metric, validation: Dataset | None) -> Callable[[nn.Module], float] | None:
-    if validation is None or validation.labels is None:
-        return None
-    labels, sign = validation.labels, 1.0 if metric.higher_is_better else -1.0
-
-    def evaluate(model: nn.Module) -> float:
-        return sign * metric.value(predict(model, validation).float().cpu().numpy(), labels)
-
-    return evaluate
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -172,7 +183,7 @@ def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bo
     Args:
         prepared: from `prepare`.
         output: the folder; new or empty, unless `resume` or `overwrite` says otherwise.
-        resume: go on after the last finished pass of the same recipe; a finished run is read back.
+        resume: go on after the last finished pass or trial of the same recipe; a finished run is read back.
         overwrite: replace the files of an earlier run.
 
     Raises:
@@ -183,10 +194,8 @@ def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bo
     finished = _on_main(lambda: _open_folder(output, recipe, resume=resume, overwrite=overwrite))
     if finished is not None:
         return finished
-    start = _load_state(output, recipe, session)
-    outcome = run_passes(
-        session, prepared.passes, prepared.manager, start, after=lambda done: _save_state(output, recipe, done)
-    )
+    pruned = _prune(prepared, output)
+    outcome = pruned.outcome
     model = copy.deepcopy(outcome.model)
     if recipe.recovery.epochs and outcome.plan.removes:
         recover(session, model, recipe.recovery, checkpoint=output / STATE / "recovery")
@@ -194,6 +203,7 @@ def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bo
     assert report is not None
     report.notes += session.roles.notes
     report.passes = list(outcome.records)
+    report.trials = pruned.trials
     report.seconds = time.perf_counter() - began
     if processes.is_main():
         checkpoint.save(model, outcome.plan, output)
@@ -205,6 +215,20 @@ def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bo
     return report
 
 
+def _prune(prepared: Prepared, output: Path) -> Pruned:
+    """Run the passes, or the search, from where an interrupted run stood."""
+    recipe, session = prepared.recipe, prepared.session
+    if prepared.search is not None:
+        _write_state(output, recipe, Outcome(session.baseline))
+        found = prepared.search.run(output / STATE / "trials")
+        return Pruned(found.outcome, found.trials(output / PLANS))
+    start = _load_state(output, recipe, session)
+    outcome = run_passes(
+        session, prepared.passes, prepared.manager, start, after=lambda done: _save_state(output, recipe, done)
+    )
+    return Pruned(outcome, [])
+
+
 def _on_main(make: Callable[[], Report | None]) -> Report | None:
     """Let the main process write or measure, and return what it found in every process."""
     return processes.from_main(
@@ -214,9 +238,12 @@ def _on_main(make: Callable[[], Report | None]) -> Report | None:
     )
 
 
-def dry_run(prepared: Prepared) -> Outcome:
+def dry_run(prepared: Prepared) -> Pruned:
     """Run the passes without recovery, export or measurement, and write nothing."""
-    return run_passes(prepared.session, prepared.passes, prepared.manager)
+    if prepared.search is not None:
+        found = prepared.search.run()
+        return Pruned(found.outcome, found.trials())
+    return Pruned(run_passes(prepared.session, prepared.passes, prepared.manager), [])
 
 
 def _prove(prepared: Prepared, outcome: Outcome, model: nn.Module, output: Path) -> Report:
@@ -272,6 +299,8 @@ def _open_folder(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
     if overwrite:
         for name in OUTPUTS:
             (output / name).unlink(missing_ok=True)
+        for plan in (output / PLANS).glob("trial-*.json"):
+            plan.unlink()
         shutil.rmtree(output / STATE, ignore_errors=True)
     try:
         (output / STATE).mkdir(parents=True, exist_ok=True)
@@ -299,13 +328,18 @@ def _digest_of_finished(output: Path) -> str | None:
 
 def _save_state(output: Path, recipe: Recipe, outcome: Outcome) -> None:
     """Keep what a resumed run needs; the file that names the state is written last."""
+    if processes.is_main():
+        checkpoint.save(outcome.model, outcome.plan, output / STATE / f"pass{len(outcome.records)}")
+    _write_state(output, recipe, outcome)
+
+
+def _write_state(output: Path, recipe: Recipe, outcome: Outcome) -> None:
+    """Write whose state the folder holds, and how far the passes are."""
     if not processes.is_main():
         return
-    number = len(outcome.records)
-    checkpoint.save(outcome.model, outcome.plan, output / STATE / f"pass{number}")
     body: dict[str, Any] = {
         "digest": recipe.digest(),
-        "finished": number,
+        "finished": len(outcome.records),
         "records": [record.model_dump(mode="json") for record in outcome.records],
         "shortfalls": list(outcome.shortfalls),
     }
@@ -349,7 +383,7 @@ Verdict: **{report.verdict}**{"".join(f" ({reason})" for reason in report.reason
 ## How it was made
 
 {passes}
-
+{_searched(report.trials)}
 Network: `{recipe.model.loader}: {recipe.model.value}`. The resolved recipe is `recipe.yaml`; every edit, with its reason, is in `plan.json`.
 
 ## How to use it
@@ -358,4 +392,17 @@ Network: `{recipe.model.loader}: {recipe.model.value}`. The resolved recipe is `
 
     import secateurs
     model = secateurs.load("FOLDER", build=MyNetwork)  # MyNetwork() returns the original structure
+"""
+
+
+def _searched(trials: list[Trial]) -> str:
+    """Return the model card's part about a search, empty where there was none."""
+    if not trials:
+        return ""
+    rows = [TRIAL_HEADINGS, ("---",) * len(TRIAL_HEADINGS), *trial_rows(trials)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"""
+A search tried these networks, each judged on validation data before any training at the end; costs are ratios to the baseline:
+
+{table}
 """

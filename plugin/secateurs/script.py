@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from secateurs import checkpoint, cost
+from secateurs.budget import parse_budget
 from secateurs.data import Dataset, resolve_roles
 from secateurs.errors import DataError
 from secateurs.forward import to_dataset, trimming
@@ -24,7 +25,8 @@ from secateurs.plan import Plan
 from secateurs.proof import environment
 from secateurs.recipe import parse_pass, settings_from
 from secateurs.report import Ratios, Report, Side, write_text
-from secateurs.settings import RecoverySettings
+from secateurs.search import prepare_search
+from secateurs.settings import RecoverySettings, SearchSettings
 
 __all__ = ["PruneResult", "prune"]
 
@@ -56,6 +58,8 @@ def prune(
     passes: Sequence[Any],
     *,
     evaluate: Callable[[nn.Module], float] | None = None,
+    accuracy_drop: float | None = None,
+    search: SearchSettings | Mapping[str, Any] | None = None,
     training: Iterable[Any] | None = None,
     recovery: RecoverySettings | Mapping[str, Any] | None = None,
     manager: Manager | None = None,
@@ -70,6 +74,9 @@ def prune(
         calibration: batches for statistics and refit, as a DataLoader gives them: inputs, or (inputs, labels) pairs, whose labels are not used.
         passes: as in a recipe (`{"mi-nodes": {"target_macs": 0.5}}` or a name), or `Pass` objects.
         evaluate: network to accuracy (higher is better) on validation data; passes that decide by rounds need it.
+        accuracy_drop: largest drop of `evaluate`, a fraction, which then has to be given. A pass without a target is given that of the smallest
+            network that keeps it, before `recovery`. `evaluate` returns one number, so the point drop decides.
+        search: how that network is searched, as in a recipe.
         training: labelled batches for recovery; needed if `recovery` has epochs.
         recovery: settings of the training at the end; None trains nothing.
         manager: of the plugins; None loads the installed ones.
@@ -92,6 +99,8 @@ def prune(
         if isinstance(recovery, Mapping)
         else recovery or RecoverySettings()
     )
+    how = settings_from(SearchSettings, search, "search") if isinstance(search, Mapping) else search
+    budget = parse_budget({} if accuracy_drop is None else {"accuracy_drop": accuracy_drop})
     baseline = copy.deepcopy(model).eval()
     session = Session(
         baseline=baseline,
@@ -106,11 +115,14 @@ def prune(
     )
     built = [item if isinstance(item, Pass) else build_pass(parse_pass(item), manager) for item in passes]
     began = time.perf_counter()
-    outcome = run_passes(session, built, manager)
+    searched = prepare_search(session, built, manager, budget, how)
+    found = None if searched is None else searched.run()
+    outcome = run_passes(session, built, manager) if found is None else found.outcome
     pruned = copy.deepcopy(outcome.model) if outcome.model is baseline else outcome.model
     if settings.epochs:
         recover(session, pruned, settings)
     report = _script_report(session, outcome, pruned, time.perf_counter() - began)
+    report.trials = [] if found is None else found.trials()
     pruned.train(model.training)
     return PruneResult(pruned, outcome.plan, report)
 

@@ -1,13 +1,16 @@
-"""A report's figures as rows of text: the same rows in the terminal, in the model card and in the HTML page."""
+"""A report's figures and trials as rows of text: the same rows in the terminal, in the model card and in the HTML page."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from secateurs.report import BudgetRow, Report, Status, TargetFigures, TargetRatios
+from secateurs.report import BudgetRow, Report, Status, TargetFigures, TargetRatios, Trial
 
-__all__ = ["FigureRow", "figure_rows"]
+__all__ = ["TRIAL_HEADINGS", "FigureRow", "figure_rows", "trial_rows"]
 
+TRIAL_HEADINGS = ("trial", "blocks", "target", "cost", "MACs", "params", "metric", "drop", "-/+", "kept")
+"""Of the rows of `trial_rows`; -/+ are the examples that only the baseline, and only the candidate, gets right."""
 _MIB = 1024 * 1024
 
 
@@ -42,6 +45,24 @@ def figure_rows(report: Report) -> list[FigureRow]:
     for before, after, ratios in zip(b.targets, c.targets, r.targets, strict=True):
         rows += _target_rows(before, after, ratios, budget)
     return [row for row in rows if row is not None]
+
+
+def trial_rows(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
+    """Return the networks that a search tried, in order; costs are ratios to the baseline."""
+    return [
+        (
+            str(trial.number),
+            str(trial.blocks),
+            *(
+                "" if value is None else f"{value:.3f}"
+                for value in (trial.target, trial.cost_ratio, trial.macs_ratio, trial.params_ratio)
+            ),
+            *("not finite" if value is None else f"{value:.4f}" for value in (trial.validation, trial.drop)),
+            "" if trial.n is None else f"{trial.lost}/{trial.gained}",
+            "chosen" if trial.chosen else "yes" if trial.accepted else "no",
+        )
+        for trial in trials
+    ]
 
 
 def _target_rows(
