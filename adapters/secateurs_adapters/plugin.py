@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from secateurs.interfaces import DatasetLoader, Exporter, Metric, ModelLoader, Target
+    from secateurs.interfaces import CostModel, DatasetLoader, Exporter, Metric, ModelLoader, StructureCostModel, Target
     from secateurs.registry import Registrar
     from secateurs.report import Report
 
@@ -82,6 +82,19 @@ def secateurs_register_metrics(register: Registrar[Metric]) -> None:
         summary="share of examples whose label is among the five largest scores",
     )
     register("f1-macro", "secateurs_adapters.metrics:F1Macro", summary="F1 averaged over classes")
+
+
+@hookimpl
+def secateurs_register_cost_models(register: Registrar[CostModel | StructureCostModel]) -> None:
+    """Register the costs that a target is asked for."""
+    register(
+        "latency", "secateurs_adapters.costs:latency", summary="milliseconds of a run on the first target, by kernels"
+    )
+    register(
+        "peak_memory",
+        "secateurs_adapters.costs:peak_memory",
+        summary="peak bytes of a run on the first target, planned",
+    )
 
 
 @hookimpl

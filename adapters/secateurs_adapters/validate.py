@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from secateurs.interfaces import Measurement, ProgressEvent, ratio
+from secateurs.interfaces import Measurement, ProgressEvent, WidthMultiple, ratio
 from secateurs.proof import prove
 from secateurs.report import TargetFigures, TargetRatios
 from secateurs_adapters.accuracy import Comparison, agreement, compare_accuracy
@@ -16,6 +16,7 @@ from secateurs_adapters.artifact import read_artifact
 from secateurs_adapters.latency import LatencyFigures, measure_latency
 from secateurs_adapters.memory import MemoryFigures, measure_memory, profile_memory
 from secateurs_adapters.session import Session, SessionOptions, check_provider
+from secateurs_adapters.widths import preferred_multiple
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +42,10 @@ class OnnxRuntimeTarget:
     def check(self, settings: TargetSettings) -> None:
         """Refuse a provider that is not available here; see `Target.check`."""
         check_provider(settings.provider)
+
+    def width_multiple(self, settings: TargetSettings) -> WidthMultiple:
+        """Return the channels whose multiples the provider's kernels like; see `Target`."""
+        return preferred_multiple(settings)
 
     def measure(
         self,

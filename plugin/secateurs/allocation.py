@@ -2,8 +2,9 @@ r"""Allocation: how many units each group gives up so that the whole network mee
 
 *Measured* allocation prunes and refits one group at a time, at each width of a grid and for each removal order, and measures the divergence
 $\mathrm{KL}(\text{dense}\,\|\,\text{pruned})$ on held-out examples; then it picks the widths of least summed divergence that meet the
-target. Raw scores are never compared across groups. Groups that share no layer add up in cost and are
+target. Raw scores are never compared across groups. Where the cost is a sum over layers, groups that share no layer add up in it and are
 solved by a dynamic program; the others (residual streams, whose widths multiply those of the groups they feed) are searched around it.
+Any other cost, such as a maximum over time, is searched as a black box (`secateurs.descent`).
 
 References:
     Kurtic et al. 2023 (ZipLM) and Frantar and Alistarh 2022 (SPDY): a table of measured errors and a search over it.
@@ -13,14 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from secateurs.descent import Option, search
 from secateurs.groups import Group
+from secateurs.interfaces import StructureCost
 
-__all__ = ["Option", "WidthCost", "allocate", "allocate_uniform"]
+__all__ = ["LayeredCost", "Option", "WidthCost", "allocate", "allocate_uniform"]
 
 BROKEN = 1e9
 """Stands for an infinite divergence (a network that returns NaN) in the dynamic program, where infinities cannot be compared."""
@@ -32,19 +35,21 @@ MAX_COMBINATIONS = 512
 """Combinations of shared groups' widths that are searched exhaustively; beyond it, one group at a time."""
 
 
-@dataclass(frozen=True)
-class Option:
-    """One width of one group.
+MAX_SLOW_COMBINATIONS = 16
+"""The same, where a cost is not computed but asked for."""
+TIGHTENINGS = 8
+"""How often a choice that costs more than its parts did is sought again with less allowed."""
 
-    Attributes:
-        keep: units that stay.
-        divergence: measured KL divergence from the dense network, in nats.
-        criterion: the removal order it was measured with.
-    """
 
-    keep: int
-    divergence: float
-    criterion: str = ""
+@runtime_checkable
+class SeparableCost(Protocol):
+    """A cost of widths that is a sum over layers, as far as it is known which groups meet in a layer."""
+
+    def shared(self) -> set[str]:
+        """Return a small set of groups without which no layer has two groups."""
+
+    def __call__(self, keep: Mapping[str, int]) -> float:
+        """Return the cost of the whole network when `keep[root]` units of each group stay; absent groups keep all."""
 
 
 class WidthCost:
@@ -79,18 +84,8 @@ class WidthCost:
                 self._terms.append((value, tuple(sides)))
 
     def shared(self) -> set[str]:
-        """Return the smallest convenient set of groups without which no layer has two groups: those that share most layers."""
-        chosen: set[str] = set()
-        while True:
-            clashes: dict[str, set[str]] = {}
-            for _, sides in self._terms:
-                distinct = set().union(*sides) - chosen
-                for root in distinct:
-                    clashes.setdefault(root, set()).update(distinct - {root})
-            worst = max(clashes, key=lambda root: (len(clashes[root]), root), default=None)
-            if worst is None or not clashes[worst]:
-                return chosen
-            chosen.add(worst)
+        """Return a small set of groups without which no layer has two groups: those that share most layers."""
+        return _shared([set().union(*sides) for _, sides in self._terms])
 
     def __call__(self, keep: Mapping[str, int]) -> float:
         """Return the cost of the whole network when `keep[root]` units of each group stay; absent groups keep all."""
@@ -101,8 +96,50 @@ class WidthCost:
         )
 
 
+class LayeredCost:
+    """A cost that is asked for and is a sum over layers: what one group's width adds depends on the groups in the same layers alone.
+
+    Args:
+        cost: of widths.
+        groups: the groups whose widths vary.
+    """
+
+    def __init__(self, cost: StructureCost, groups: Sequence[Group]) -> None:
+        self._cost = cost
+        self._layers: dict[str, set[str]] = {}
+        for group in groups:
+            for member in group.members:
+                self._layers.setdefault(member.module, set()).add(group.root)
+
+    def shared(self) -> set[str]:
+        """Return a small set of groups without which no layer has two groups: those that share most layers."""
+        return _shared(list(self._layers.values()))
+
+    def __call__(self, keep: Mapping[str, int]) -> float:
+        """Return the cost of the whole network when `keep[root]` units of each group stay; absent groups keep all."""
+        return self._cost(keep)
+
+
+def _shared(layers: Sequence[set[str]]) -> set[str]:
+    chosen: set[str] = set()
+    while True:
+        clashes: dict[str, set[str]] = {}
+        for roots in layers:
+            distinct = roots - chosen
+            for root in distinct:
+                clashes.setdefault(root, set()).update(distinct - {root})
+        worst = max(clashes, key=lambda root: (len(clashes[root]), root), default=None)
+        if worst is None or not clashes[worst]:
+            return chosen
+        chosen.add(worst)
+
+
 def allocate_uniform(
-    cost: WidthCost, counts: Callable[[float], Mapping[str, int]], allowed: float, *, steps: int = 200
+    cost: Callable[[Mapping[str, int]], float],
+    counts: Callable[[float], Mapping[str, int]],
+    allowed: float,
+    *,
+    steps: int = 200,
 ) -> Mapping[str, int]:
     """Return the widths of the largest common ratio that meets the target.
 
@@ -123,21 +160,42 @@ def allocate_uniform(
     return best
 
 
-def allocate(cost: WidthCost, options: Mapping[str, Sequence[Option]], allowed: float) -> Mapping[str, Option]:
+def allocate(
+    cost: SeparableCost | StructureCost, options: Mapping[str, Sequence[Option]], allowed: float
+) -> Mapping[str, Option]:
     """Return one option per group so that the cost is allowed at the least summed divergence.
 
     Args:
-        cost: of widths.
+        cost: of widths; one that says which groups are `shared` is taken for a sum over layers, any other for a black box.
         options: per group, its widths with their divergence; each group has its full width among them.
         allowed: cost of the whole network that may not be passed.
 
     Returns:
-        The choice; the cheapest one possible if none is allowed.
+        The choice; the cheapest one found if none is allowed.
     """
+    if not isinstance(cost, SeparableCost):
+        return search(cost, options, allowed * (1 + ROUNDING))
+    choice = _separable(cost, options, allowed)
+    # A cost that is measured is a sum over layers only nearly.
+    aim = allowed
+    for _ in range(TIGHTENINGS):
+        spent = cost(_widths(choice))
+        if spent <= allowed * (1 + ROUNDING):
+            break
+        aim *= min(allowed / spent, 1 - ROUNDING)
+        choice = _separable(cost, options, aim)
+    return choice
+
+
+def _widths(choice: Mapping[str, Option]) -> dict[str, int]:
+    return {root: option.keep for root, option in choice.items()}
+
+
+def _separable(cost: SeparableCost, options: Mapping[str, Sequence[Option]], allowed: float) -> Mapping[str, Option]:
     shared = sorted(cost.shared() & set(options))
     free = [root for root in options if root not in shared]
     cheapest = {root: min(options[root], key=lambda option: option.keep) for root in options}
-    if cost({root: option.keep for root, option in cheapest.items()}) > allowed * (1 + ROUNDING):
+    if cost(_widths(cheapest)) > allowed * (1 + ROUNDING):
         return cheapest
 
     def solve(fixed: Mapping[str, Option]) -> tuple[float, Mapping[str, Option]]:
@@ -147,7 +205,8 @@ def allocate(cost: WidthCost, options: Mapping[str, Sequence[Option]], allowed: 
         whole = {**fixed, **choice}
         return sum(option.divergence for option in whole.values()), whole
 
-    if np.prod([len(options[root]) for root in shared], dtype=float) <= MAX_COMBINATIONS:
+    most = MAX_COMBINATIONS if isinstance(cost, WidthCost) else MAX_SLOW_COMBINATIONS
+    if np.prod([len(options[root]) for root in shared], dtype=float) <= most:
         trials = (
             dict(zip(shared, combination, strict=True)) for combination in product(*(options[root] for root in shared))
         )
@@ -178,7 +237,7 @@ def _coordinate_search(
 
 
 def _dynamic_program(
-    cost: WidthCost, fixed: Mapping[str, Option], options: Mapping[str, Sequence[Option]], allowed: float
+    cost: SeparableCost, fixed: Mapping[str, Option], options: Mapping[str, Sequence[Option]], allowed: float
 ) -> Mapping[str, Option] | None:
     """Choose widths of groups that share no layer; None if the allowed cost cannot be met.
 

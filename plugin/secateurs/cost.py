@@ -2,13 +2,15 @@
 
 MACs are counted by torch's own `FlopCounterMode` (which counts 2 FLOPs per MAC of convolutions and matrix products, whoever calls them) on one
 example, with fused attention and recurrent kernels, which it cannot see into, replaced by the products that they stand for. Both costs of a
-layer are proportional to the product of its widths, which is what lets allocation predict the cost of widths that it has not built.
+layer are proportional to the product of its widths, which is what lets allocation predict the cost of widths that it has not built. Costs
+that are no such sums, latency and peak memory, are asked of a target (`TargetedCost`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,8 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secateurs.data import Dataset
 from secateurs.forward import call, inference
+from secateurs.interfaces import CostModel, StructureCost, StructureCostModel
+from secateurs.settings import TargetSettings
 
-__all__ = ["macs", "parameters", "total", "weight_bytes"]
+if TYPE_CHECKING:
+    from secateurs.groups import Group
+
+__all__ = ["TargetedCost", "macs", "on_target", "parameters", "total", "weight_bytes"]
 
 
 def macs(model: nn.Module, example: Dataset) -> Mapping[str, float]:
@@ -88,3 +95,28 @@ def weight_bytes(model: nn.Module) -> int:
     """Return the bytes of all parameters and buffers; shared tensors count once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+class TargetedCost:
+    """A cost that one target was asked for: as a cost model it puts all of it on the network itself, and it knows the cost of any widths.
+
+    Args:
+        model: what knows the costs.
+        target: provider, threads and batch size.
+    """
+
+    def __init__(self, model: StructureCostModel, target: TargetSettings) -> None:
+        self._model, self._target = model, target
+
+    def __call__(self, model: nn.Module, example: Dataset) -> Mapping[str, float]:
+        """Return the cost of a network, on the network itself."""
+        return {"": self._model.total(model, example, self._target)}
+
+    def structure(self, model: nn.Module, example: Dataset, groups: Sequence[Group]) -> StructureCost:
+        """Return the cost of a network at any widths of its groups."""
+        return self._model.structure(model, example, groups, self._target)
+
+
+def on_target(model: CostModel | StructureCostModel, target: TargetSettings) -> CostModel:
+    """Return a registered cost model ready for use: bound to a target where it depends on one."""
+    return TargetedCost(model, target) if isinstance(model, StructureCostModel) else model

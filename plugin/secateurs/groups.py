@@ -83,11 +83,12 @@ class Member:
 
 @dataclass(frozen=True)
 class WidthAttribute:
-    """A plain attribute that counts units: it loses `per_unit` for each one that goes."""
+    """A plain attribute that counts units: it loses `per_unit` for each one that goes, or for each of `units` where it counts only some."""
 
     module: str
     name: str
     per_unit: int
+    units: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -435,8 +436,9 @@ def plan_removal(
         gone_units = tuple(int(unit) for unit in chosen)
         pieces.append(Slice(module=slot.module, parameter=slot.parameter, dim=slot.dim, removed=gone_units))
     for attribute in group.attributes:
-        value = int(getattr(model.get_submodule(attribute.module), attribute.name)) - attribute.per_unit * len(chosen)
-        why = f"{len(chosen)} units of {group.root}"
+        counted = chosen if attribute.units is None else np.intersect1d(chosen, attribute.units)
+        value = int(getattr(model.get_submodule(attribute.module), attribute.name)) - attribute.per_unit * len(counted)
+        why = f"{len(counted)} units of {group.root}"
         attributes.append(SetAttribute(module=attribute.module, name=attribute.name, value=value, reason=why))
     edit = RemoveUnits(root=group.root, units=tuple(int(unit) for unit in chosen), slices=tuple(pieces), reason=reason)
     return Plan(edits=(edit, *attributes))

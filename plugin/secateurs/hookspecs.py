@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 
     from secateurs.attention import AttentionHeads
     from secateurs.blocks import Block
-    from secateurs.interfaces import CostModel, DatasetLoader, Exporter, Metric, ModelLoader, ProgressEvent, Target
+    from secateurs.interfaces import (
+        CostModel,
+        DatasetLoader,
+        Exporter,
+        Metric,
+        ModelLoader,
+        ProgressEvent,
+        StructureCostModel,
+        Target,
+    )
     from secateurs.passes.base import Pass
     from secateurs.registry import Registrar
     from secateurs.report import PassRecord, Report
@@ -57,8 +66,8 @@ def secateurs_register_metrics(register: Registrar[Metric]) -> None:
 
 
 @hookspec
-def secateurs_register_cost_models(register: Registrar[CostModel]) -> None:
-    """At start-up: register cost models; `macs` and `parameters` are built in."""
+def secateurs_register_cost_models(register: Registrar[CostModel | StructureCostModel]) -> None:
+    """At start-up: register cost models; one that depends on a target is a `StructureCostModel`. `macs` and `parameters` are built in."""
 
 
 @hookspec

@@ -6,10 +6,10 @@ the hooks of `secateurs.hookspecs`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from secateurs.data import Dataset
 from secateurs.report import Estimate, Parity, TargetFigures, TargetRatios
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import nn
 
+    from secateurs.groups import Group
     from secateurs.settings import TargetSettings
 
 __all__ = [
@@ -30,8 +31,12 @@ __all__ = [
     "Metric",
     "ModelLoader",
     "ProgressEvent",
+    "StructureCost",
+    "StructureCostModel",
     "Target",
+    "WidthMultiple",
     "ratio",
+    "width_multiple",
 ]
 
 
@@ -143,8 +148,19 @@ class Metric(Protocol):
         """Return the metric over all examples; `outputs` is the network's first output, examples on the first axis."""
 
 
+@dataclass(frozen=True)
+class WidthMultiple:
+    """A number of channels whose multiples a target's kernels like, and why."""
+
+    channels: int
+    reason: str
+
+
 class Target(Protocol):
-    """Where and how a file is run and measured; registered under the name of its execution provider."""
+    """Where and how a file is run and measured; registered under the name of its execution provider.
+
+    A target may also have `width_multiple(settings: TargetSettings) -> WidthMultiple`: what passes round widths to where `round_to` is `auto`.
+    """
 
     def check(self, settings: TargetSettings) -> None:
         """Refuse what cannot be measured here, before any work is done.
@@ -185,6 +201,54 @@ class CostModel(Protocol):
 
         A module's cost must be proportional to the product of its widths, as MACs and parameters are.
         """
+
+
+class StructureCost(Protocol):
+    """The cost of one network at any widths.
+
+    Attributes:
+        additive: whether it is a sum over layers, each of which depends on its own widths alone; otherwise it is taken as a black box.
+    """
+
+    additive: bool
+
+    def __call__(self, keep: Mapping[str, int]) -> float:
+        """Return the cost of the whole network when `keep[root]` units of each group stay; absent groups keep all."""
+
+
+@runtime_checkable
+class StructureCostModel(Protocol):
+    """A cost that is no sum of products of widths: latency and peak memory on a target, for example.
+
+    Registered beside the cost models of the other kind; it has these two methods instead of a call.
+    """
+
+    def total(self, model: nn.Module, example: Dataset, target: TargetSettings) -> float:
+        """Return the cost of a network.
+
+        Args:
+            model: the network; it is not changed.
+            example: inputs for tracing.
+            target: provider, threads and batch size for which the cost is asked.
+
+        Raises:
+            ProviderError: the provider is not available.
+            ExportError: the network cannot be brought to the target.
+        """
+
+    def structure(
+        self, model: nn.Module, example: Dataset, groups: Sequence[Group], target: TargetSettings
+    ) -> StructureCost:
+        """Return the cost of a network at any widths of its groups; arguments and errors as for `total`."""
+
+
+def width_multiple(target: Target | None, settings: TargetSettings) -> WidthMultiple:
+    """Return what a target says of the widths it likes; 1 where it says nothing."""
+    ask = getattr(target, "width_multiple", None)
+    if ask is None:
+        return WidthMultiple(1, f"nothing is known of the widths that {settings.provider} likes")
+    found: WidthMultiple = ask(settings)
+    return found
 
 
 def ratio(candidate: float | None, baseline: float | None) -> float | None:

@@ -20,7 +20,7 @@ from secateurs.passes import builtin
 from secateurs.registry import Registrar, Registry
 
 if TYPE_CHECKING:
-    from secateurs.interfaces import CostModel, DatasetLoader, Exporter, Metric, ModelLoader, Target
+    from secateurs.interfaces import CostModel, DatasetLoader, Exporter, Metric, ModelLoader, StructureCostModel, Target
     from secateurs.passes.base import Pass
 
 __all__ = ["Manager", "PluginWarning", "Registries", "create_manager"]
@@ -43,7 +43,7 @@ class Registries:
     exporters: Registry[Exporter] = field(default_factory=lambda: Registry("exporter"))
     targets: Registry[Target] = field(default_factory=lambda: Registry("provider"))
     metrics: Registry[Metric] = field(default_factory=lambda: Registry("metric"))
-    cost_models: Registry[CostModel] = field(default_factory=lambda: Registry("cost model"))
+    cost_models: Registry[CostModel | StructureCostModel] = field(default_factory=lambda: Registry("cost model"))
     commands: Registry[Callable[..., Any]] = field(default_factory=lambda: Registry("command"))
 
 

@@ -24,7 +24,7 @@ from secateurs.certificate import keep_certified
 from secateurs.data import Dataset, Roles
 from secateurs.errors import DataError, SecateursError
 from secateurs.forward import kl_divergence, predict
-from secateurs.interfaces import CostModel, ProgressEvent
+from secateurs.interfaces import CostModel, ProgressEvent, WidthMultiple
 from secateurs.manager import Manager
 from secateurs.passes.base import Context, Pass, Proposal
 from secateurs.plan import Plan
@@ -50,7 +50,8 @@ class Session:
         baseline: the network before all passes.
         roles: the data.
         evaluate: metric on validation data, higher is better; None without labels.
-        cost_models: by name.
+        cost_models: by name, bound to the first target where they depend on one.
+        width_multiple: what the first target likes.
         recovery: settings of the training that passes may ask for.
         describe_blocks: the hook.
         describe_attention: the hook.
@@ -61,6 +62,7 @@ class Session:
     baseline: nn.Module
     roles: Roles
     cost_models: Callable[[str], CostModel]
+    width_multiple: Callable[[], WidthMultiple] = field(default=lambda: WidthMultiple(1, "there is no target"))
     evaluate: Callable[[nn.Module], float] | None = None
     recovery: RecoverySettings = field(default_factory=RecoverySettings)
     describe_blocks: Describe | None = None
@@ -78,6 +80,7 @@ class Session:
             validation=self.roles.validation,
             evaluate=self.evaluate,
             cost_models=self.cost_models,
+            width_multiple=self.width_multiple,
             describe_blocks=self.describe_blocks,
             describe_attention=self.describe_attention,
             progress=self.progress,

@@ -7,7 +7,7 @@ layer reads of the disturbed units, whatever views, concatenations, splits or at
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +43,11 @@ class Reading:
 class _Recorder:
     """Outputs and inputs of every mixing layer, call by call; in the second pass, outputs are replayed and inputs compared."""
 
-    def __init__(self, model: nn.Module, disturbed: Mapping[str, tuple[int, ...]]) -> None:
-        self.layers = {name: module for name, module in model.named_modules() if mixes(module)}
+    def __init__(
+        self, model: nn.Module, disturbed: Mapping[str, tuple[int, ...]], watched: Collection[str] = ()
+    ) -> None:
+        self.layers = {name: module for name, module in model.named_modules() if mixes(module) or name in watched}
+        self.watched = {name for name in watched if not mixes(self.layers[name])}
         self.disturbed = disturbed
         self.inputs: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         self.outputs: dict[str, list[Any]] = {name: [] for name in self.layers}
@@ -75,6 +78,8 @@ class _Recorder:
                     value = first_tensor((args, kwargs))
                     if value is not None and value.shape == self.inputs[name][position].shape:
                         self._compare(name, layer, value, self.inputs[name][position])
+                    if name in self.watched:
+                        return None
                     recorded = _copied(self.outputs[name][position])
                     if name not in self.disturbed:
                         return recorded
@@ -123,6 +128,7 @@ def observe_readers(
     *,
     seed: int = 0,
     strengths: Sequence[float] = STRENGTHS,
+    watched: Collection[str] = (),
 ) -> Reading:
     """Disturb channels of some layers' outputs and see which layers' inputs change.
 
@@ -131,6 +137,7 @@ def observe_readers(
         data: a few examples for the forward passes.
         disturbed: name of a mixing layer to the output channels to disturb.
         seed: of the noise.
+        watched: layers that work on each channel by itself and are to be counted as readers too; a disturbance goes on through them.
         strengths: of the disturbances to join, relative to each output's range: what saturates a strong one may show a weak one.
 
     Returns:
@@ -139,7 +146,7 @@ def observe_readers(
     readers: dict[str, set[int]] = {}
     reaches = False
     with inference(model), frozen_randomness(seed):
-        recorder = _Recorder(model, disturbed)
+        recorder = _Recorder(model, disturbed, watched)
         with recorder.recording():
             clean = [value.clone() for value in output_tensors(call(model, data))]
         for strength in strengths:

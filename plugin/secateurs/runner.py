@@ -22,7 +22,7 @@ from secateurs import checkpoint, cost, processes
 from secateurs.data import Dataset, resolve_roles
 from secateurs.errors import DataError, ModelError, RecipeError, UserError
 from secateurs.forward import call, inference, output_tensors, trimming
-from secateurs.interfaces import Exporter, Metric, ProgressEvent, Target
+from secateurs.interfaces import Exporter, Metric, ProgressEvent, Target, width_multiple
 from secateurs.judging import Validation
 from secateurs.manager import Manager
 from secateurs.passes.base import Pass
@@ -129,7 +129,8 @@ def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent]
     session = Session(
         baseline=model,
         roles=roles,
-        cost_models=lambda name: registries.cost_models[name].load(),
+        cost_models=lambda name: cost.on_target(registries.cost_models[name].load(), recipe.targets[0]),
+        width_multiple=lambda: width_multiple(*targets[0]),
         evaluate=evaluate,
         recovery=recipe.recovery,
         describe_blocks=lambda network: manager.hook.secateurs_describe_blocks(model=network),

@@ -17,7 +17,7 @@ from secateurs.budget import parse_budget
 from secateurs.data import Dataset, resolve_roles
 from secateurs.errors import DataError
 from secateurs.forward import to_dataset, trimming
-from secateurs.interfaces import ProgressEvent, ratio
+from secateurs.interfaces import ProgressEvent, Target, ratio, width_multiple
 from secateurs.manager import Manager, create_manager
 from secateurs.passes.base import Pass
 from secateurs.pipeline import Outcome, Session, build_pass, recover, run_passes
@@ -26,7 +26,7 @@ from secateurs.proof import environment
 from secateurs.recipe import parse_pass, settings_from
 from secateurs.report import Ratios, Report, Side, write_text
 from secateurs.search import prepare_search
-from secateurs.settings import RecoverySettings, SearchSettings
+from secateurs.settings import RecoverySettings, SearchSettings, TargetSettings
 
 __all__ = ["PruneResult", "prune"]
 
@@ -60,6 +60,7 @@ def prune(
     evaluate: Callable[[nn.Module], float] | None = None,
     accuracy_drop: float | None = None,
     search: SearchSettings | Mapping[str, Any] | None = None,
+    target: TargetSettings | Mapping[str, Any] | None = None,
     training: Iterable[Any] | None = None,
     recovery: RecoverySettings | Mapping[str, Any] | None = None,
     manager: Manager | None = None,
@@ -77,6 +78,7 @@ def prune(
         accuracy_drop: largest drop of `evaluate`, a fraction, which then has to be given. A pass without a target is given that of the smallest
             network that keeps it, before `recovery`. `evaluate` returns one number, so the point drop decides.
         search: how that network is searched, as in a recipe.
+        target: the device that latency and peak memory are asked for, as in a recipe; None is one thread of the CPU, one example at a time.
         training: labelled batches for recovery; needed if `recovery` has epochs.
         recovery: settings of the training at the end; None trains nothing.
         manager: of the plugins; None loads the installed ones.
@@ -99,13 +101,15 @@ def prune(
         if isinstance(recovery, Mapping)
         else recovery or RecoverySettings()
     )
+    device = target if isinstance(target, TargetSettings) else settings_from(TargetSettings, target or {}, "target")
     how = settings_from(SearchSettings, search, "search") if isinstance(search, Mapping) else search
     budget = parse_budget({} if accuracy_drop is None else {"accuracy_drop": accuracy_drop})
     baseline = copy.deepcopy(model).eval()
     session = Session(
         baseline=baseline,
         roles=trimming(baseline, resolve_roles(pools, {}, seed, cut=("validation",))),
-        cost_models=lambda name: manager.registries.cost_models[name].load(),
+        cost_models=lambda name: cost.on_target(manager.registries.cost_models[name].load(), device),
+        width_multiple=lambda: width_multiple(_target(manager, device), device),
         evaluate=evaluate,
         recovery=settings,
         describe_blocks=lambda network: manager.hook.secateurs_describe_blocks(model=network),
@@ -125,6 +129,12 @@ def prune(
     report.trials = [] if found is None else found.trials()
     pruned.train(model.training)
     return PruneResult(pruned, outcome.plan, report)
+
+
+def _target(manager: Manager, settings: TargetSettings) -> Target | None:
+    """Return the registered target of a provider, or None without the adapters."""
+    targets = manager.registries.targets
+    return targets[settings.provider].make() if settings.provider in targets else None
 
 
 def _gather(batches: Iterable[Any], example: Dataset, role: str) -> Dataset:

@@ -24,6 +24,7 @@ from secateurs.manager import Manager, create_manager
 from secateurs.passes.base import Pass
 from secateurs.pipeline import Outcome, Session, run_passes
 from secateurs.plan import Plan
+from secateurs.settings import TargetSettings
 from secateurs.surgery import applied
 
 __all__ = ["PassContract", "Snapshot"]
@@ -128,7 +129,7 @@ class PassContract:
         session = Session(
             baseline=self.model,
             roles=self.roles,
-            cost_models=lambda name: registries.cost_models[name].load(),
+            cost_models=lambda name: cost.on_target(registries.cost_models[name].load(), TargetSettings()),
             evaluate=self.evaluate,
             describe_blocks=lambda network: hook.secateurs_describe_blocks(model=network),
             seed=self.seed,

@@ -17,7 +17,7 @@ from secateurs.attention import DescribeAttention
 from secateurs.blocks import Describe
 from secateurs.data import Dataset
 from secateurs.errors import DataError, RecipeError, unknown_name
-from secateurs.interfaces import CostModel, ProgressEvent
+from secateurs.interfaces import CostModel, ProgressEvent, WidthMultiple
 from secateurs.plan import Plan
 from secateurs.report import Skipped
 from secateurs.settings import PassSettings
@@ -27,6 +27,10 @@ __all__ = ["Context", "Pass", "Proposal"]
 
 def _no_cost_model(name: str) -> CostModel:
     raise RecipeError(unknown_name("cost model", name, ()))
+
+
+def _no_target() -> WidthMultiple:
+    return WidthMultiple(1, "there is no target")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Context:
         training: examples for recovery, or None.
         validation: labelled examples for decisions, or None.
         evaluate: the metric of a network on validation data, higher is better; None without labels.
-        cost_models: the registered cost models, by name.
+        cost_models: the registered cost models, by name, bound to the first target where they depend on one.
+        width_multiple: the multiple of channels that the first target likes.
         describe_blocks: the hook `secateurs_describe_blocks`.
         describe_attention: the hook `secateurs_describe_attention`.
         progress: called with every step of a long task.
@@ -54,6 +59,7 @@ class Context:
     validation: Dataset | None = None
     evaluate: Callable[[nn.Module], float] | None = None
     cost_models: Callable[[str], CostModel] = _no_cost_model
+    width_multiple: Callable[[], WidthMultiple] = _no_target
     describe_blocks: Describe | None = None
     describe_attention: DescribeAttention | None = None
     progress: Callable[[ProgressEvent], None] = field(default=lambda _: None)

@@ -25,6 +25,7 @@ from secateurs.readers import observe_readers
 from secateurs.refit import ROWS, following_norms, refittable
 from secateurs.report import Skipped
 from secateurs.settings import NodeSettings
+from secateurs.streams import observed_groups
 from secateurs.surgery import is_splittable
 
 __all__ = ["Survey", "checked_groups", "fused_attention", "merged", "norm_order", "sizes", "weight_order"]
@@ -64,8 +65,8 @@ def checked_groups(
     """Return the groups that may be pruned, and what was skipped.
 
     Attention heads come from descriptions; the dependency graph's own groups through the same projections, which would cut heads apart, are
-    left out. Of every group, the readers observed on the running network must be those that it tells. In uniform mode, the groups of one kind
-    stay or go together.
+    left out. Of every group, the readers observed on the running network must be those that it tells; a stream of which they are not is taken
+    apart by watching it. In uniform mode, the groups of one kind stay or go together.
 
     Args:
         model: the network; it is not changed.
@@ -84,16 +85,27 @@ def checked_groups(
         if group.root in with_heads and not settings.heads:
             skipped.append(Skipped(where=group.root, reason="its units are attention heads, and `heads` is off"))
             continue
-        reason = _disagreement(model, example, group)
-        if reason is None and not settings.coupled and len(group.of("out")) > 1:
-            reason = "coupled with other layers through additions, and `coupled` is off"
-        if reason is None and group.units < 2:
-            reason = "it has a single unit"
+        reason = _refusal(model, example, group, settings)
+        watched = settings.coupled and len(group.of("out")) > 1 and group.root not in with_heads
+        found = observed_groups(model, example, group) if reason is not None and watched else []
+        found = [part for part in found if _refusal(model, example, part, settings) is None]
         if reason is None:
             kept.append(group)
+        elif found:
+            kept += found
         else:
             skipped.append(Skipped(where=group.root, reason=reason))
     return _whole_kinds(model, kept, skipped) if settings.uniform else (kept, skipped)
+
+
+def _refusal(model: nn.Module, example: Dataset, group: Group, settings: NodeSettings) -> str | None:
+    """Return why a group may not be pruned, or None."""
+    reason = _disagreement(model, example, group)
+    if reason is None and not settings.coupled and len(group.of("out")) > 1:
+        return "coupled with other layers through additions, and `coupled` is off"
+    if reason is None and group.units < 2:
+        return "it has a single unit"
+    return reason
 
 
 def _kind(group: Group) -> tuple[str, int]:
