@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,8 @@ __all__ = ["build_app", "main", "progress_bar", "report_table"]
 
 _out = Console(quiet=not processes.is_main())
 _err = Console(stderr=True)
+_GRACE = 5.0
+"""Seconds that other processes wait before they report an error: most find what the main one finds, and the launcher ends them when it does."""
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to do.")]
 Overrides = Annotated[
@@ -68,8 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(error: BaseException, code: int, debug: bool) -> int:
-    if isinstance(error, UserError) and not processes.is_main():
-        return code  # every process finds what the user got wrong; the main one says it
+    if not processes.is_main():
+        time.sleep(_GRACE)
     if debug:
         traceback.print_exception(error)
     unforeseen = f"the run failed: {type(error).__name__}: {error}. `--debug` shows where."
