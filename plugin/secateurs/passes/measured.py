@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secateurs.allocation import Option
 from secateurs.data import Dataset
-from secateurs.forward import kl_divergence, predict
+from secateurs.forward import kl_divergence, predict, unsure_temperature
 from secateurs.groups import Group
 from secateurs.information import Order
 from secateurs.layers import as_weight, weight_matrix
@@ -57,8 +57,9 @@ def best_orders(
         progress: called with trials done, their total, and a word on the current one.
     """
     reference, now = predict(dense, held_out), 0.0
+    temperature = unsure_temperature(reference)
     if dense is not survey.model:
-        now = kl_divergence(reference, predict(survey.model, held_out))
+        now = kl_divergence(reference, predict(survey.model, held_out), temperature)
     timeline = Timeline(survey.model, held_out.take(range(min(2, len(held_out)))))
     total = sum(len(counts[group.root]) * len(orders[group.root]) for group in survey.groups)
     table: dict[str, list[Option]] = {}
@@ -81,7 +82,9 @@ def best_orders(
                 if trial not in measured and prefix is not None:
                     units = removed_units(order.units, group.units, keep)
                     with pruned_alone(survey, group, units, settings):
-                        measured[trial] = kl_divergence(reference, prefix.predict()) - now if units else 0.0
+                        measured[trial] = (
+                            kl_divergence(reference, prefix.predict(), temperature) - now if units else 0.0
+                        )
                 options.append(Option(keep, measured[trial], criterion))
             table[group.root].append(min(options, key=lambda option: option.divergence))
     return table
