@@ -26,6 +26,7 @@ from secateurs.groups import Group, Member, WidthAttribute, plan_removal
 from secateurs.layers import Kind, widths_of
 from secateurs.plan import Plan
 from secateurs.readers import observe_readers
+from secateurs.report import Skipped
 from secateurs.surgery import applied
 
 __all__ = ["observed_groups"]
@@ -42,8 +43,8 @@ Channel = tuple[str, Kind, int]
 """A layer, its part in the stream, and one of its channels."""
 
 
-def observed_groups(model: nn.Module, example: Dataset, stream: Group) -> list[Group]:
-    """Return the groups that make up a stream.
+def observed_groups(model: nn.Module, example: Dataset, stream: Group) -> tuple[list[Group], list[Skipped]]:
+    """Return the groups that make up a stream, and the parts of it that are left alone.
 
     Args:
         model: the network; it is not changed.
@@ -51,26 +52,31 @@ def observed_groups(model: nn.Module, example: Dataset, stream: Group) -> list[G
         stream: the dependency graph's group: its members are believed, its indices are not.
 
     Returns:
-        The groups in the order of their first writers; none where the stream cannot be told apart into units.
+        The groups in the order of their first writers, and what was skipped; nothing at all where the stream cannot be told apart into units.
     """
     writers = [member.module for member in stream.of("out")]
     if len(writers) > MAX_WRITERS:
-        return []
+        return [], []
     passing = [member.module for member in stream.of("pass")]
     units = _units(model, example.take(range(min(EXAMPLES, len(example)))), writers, passing)
     if units is None:
-        return []
+        return [], []
     alike: dict[tuple[tuple[str, Kind, int], ...], list[dict[tuple[str, Kind], list[int]]]] = {}
     for unit in units:
         form = tuple((module, kind, len(channels)) for (module, kind), channels in unit.items())
         alike.setdefault(form, []).append(unit)
     groups: dict[str, Group] = {}
+    skipped: list[Skipped] = []
     for same in alike.values():
-        group = _settled(model, example, _as_group(same))
-        if group is not None and group.of("in") and group.units > 1:
-            groups.setdefault(group.root, group)
+        part = _as_group(same)
+        group = _settled(model, example, part) if part.of("in") and part.units > 1 else None
+        if group is None or part.root in groups:
+            why = "no attribute was found that counts its units, and without one their removal is not certified"
+            skipped.append(Skipped(where=part.root, reason=f"{part.units} channels that the stream gains here: {why}"))
+        else:
+            groups[part.root] = group
     order = {name: position for position, name in enumerate(writers)}
-    return sorted(groups.values(), key=lambda group: order[group.root])
+    return sorted(groups.values(), key=lambda group: order[group.root]), skipped
 
 
 def _units(
@@ -174,7 +180,7 @@ def _runs(group: Group) -> list[list[int]]:
 
 def _attribute(model: nn.Module, example: Dataset, group: Group, run: Sequence[int]) -> WidthAttribute | None:
     """Return the attribute that counts the units of a run, one without a name if there is none to change; None if no removal is certified."""
-    for attribute in _candidates(model):
+    for attribute in _candidates(model, group.members[0].index.shape[1]):
         trial = replace(group, attributes=(attribute,) if attribute.name else ())
         plan = plan_removal(model, trial, [int(run[-1])], "to see which attribute counts it")
         if _runs_at_all(model, plan, example) and _holds(model, plan, example):
@@ -200,12 +206,16 @@ def _holds(model: nn.Module, plan: Plan, example: Dataset) -> bool:
         return False
 
 
-def _candidates(model: nn.Module) -> Iterator[WidthAttribute]:
-    """Yield no attribute, then every positive integer of a module without parameters and children: what a padding may count."""
+def _candidates(model: nn.Module, channels: int) -> Iterator[WidthAttribute]:
+    """Yield no attribute, then what a padding may count: every positive integer of a module that has no parameters of its own.
+
+    Args:
+        model: the network.
+        channels: of a unit; an attribute may count units or channels.
+    """
     yield WidthAttribute("", "", 0)
     for path, module in model.named_modules():
-        if next(module.children(), None) is not None or next(module.parameters(), None) is not None:
-            continue
-        for name, value in vars(module).items():
-            if not name.startswith("_") and type(value) is int and value > 0:
-                yield WidthAttribute(path, name, 1)
+        if next(module.parameters(recurse=False), None) is None:
+            for name, value in vars(module).items():
+                if not name.startswith("_") and type(value) is int:
+                    yield from (WidthAttribute(path, name, per) for per in {1, channels} if value > per)

@@ -87,12 +87,13 @@ def checked_groups(
             continue
         reason = _refusal(model, example, group, settings)
         watched = settings.coupled and len(group.of("out")) > 1 and group.root not in with_heads
-        found = observed_groups(model, example, group) if reason is not None and watched else []
+        found, left = observed_groups(model, example, group) if reason is not None and watched else ([], [])
         found = [part for part in found if _refusal(model, example, part, settings) is None]
         if reason is None:
             kept.append(group)
         elif found:
             kept += found
+            skipped += left
         else:
             skipped.append(Skipped(where=group.root, reason=reason))
     return _whole_kinds(model, kept, skipped) if settings.uniform else (kept, skipped)
