@@ -25,6 +25,10 @@ LIMIT = 1 << 30
 """Bytes that a recording may take; a prefix that would need more is not recorded."""
 
 
+class _Enough(Exception):  # noqa: N818 - control flow, not an error
+    """All that a recording needs has been recorded."""
+
+
 class Timeline:
     """When each module of a network runs, from one forward pass.
 
@@ -108,11 +112,12 @@ class Prefix:
         self._recorded: list[dict[str, list[Any]]] = []
         self._unread: set[str] = set()
         self._unread = self._find_unread(timeline.example)
-        size = 0
+        size, calls = 0, 0
         for number, batch in enumerate(self.batches):
             if not self._modules:
                 break
-            recorded, output = self._record(batch, number, start)
+            recorded, output = self._record(batch, number, start, calls)
+            calls = sum(map(len, recorded.values()))
             size += sum(_bytes(value) for name in recorded if name not in self._unread for value in recorded[name])
             self._recorded.append(recorded)
             if size > limit or (number == 0 and not self._exact(batch, output, recorded)):
@@ -159,19 +164,27 @@ class Prefix:
             if self._exact(example, output, {**recorded, name: [_hollow(value) for value in values]})
         }
 
-    def _record(self, batch: Dataset, number: int, start: Prefix | None) -> tuple[dict[str, list[Any]], Any]:
+    def _record(
+        self, batch: Dataset, number: int, start: Prefix | None, calls: int = 0
+    ) -> tuple[dict[str, list[Any]], Any]:
+        """Return the outputs of the modules on a batch, and that of the network; after `calls` of them it stops, without the latter."""
         recorded: dict[str, list[Any]] = {name: [] for name in self._modules}
         with inference(self._model), ExitStack() as stack:
             for name, module in self._modules.items():
 
                 def hook(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
                     recorded[name].append(_hollow(output) if name in self._unread else _copied(output))
+                    if sum(map(len, recorded.values())) == calls:
+                        raise _Enough
 
                 stack.callback(module.register_forward_hook(hook).remove)
             if start is not None:
                 stack.enter_context(start.replaying(number))
             stack.enter_context(frozen_randomness(0))
-            return recorded, call(self._model, batch)
+            try:
+                return recorded, call(self._model, batch)
+            except _Enough:
+                return recorded, None
 
     def _exact(self, batch: Dataset, output: Any, recorded: Mapping[str, list[Any]]) -> bool:
         """Tell whether replaying gives the very output that was computed."""

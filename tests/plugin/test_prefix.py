@@ -96,3 +96,15 @@ def test_a_recording_that_is_too_large_is_not_made():
     small = Prefix(model, data, [last], Timeline(model, data), limit=100)
     assert small.modules == ()
     assert torch.equal(small.predict(), predict(model, data))
+
+
+def test_recording_ends_with_the_last_module_that_is_recorded():
+    model, data = residual(4), images(24)
+    before = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][3]
+    calls = []
+    model.head.register_forward_hook(lambda *_: calls.append(1))
+    Prefix(model, data, [before], Timeline(model, data.take([0, 1])), batch_size=4)
+    whole = len(calls)
+    calls.clear()
+    Prefix(model, data.take(range(4)), [before], Timeline(model, data.take([0, 1])), batch_size=4)
+    assert whole == len(calls), "the batches behind the first one do not reach the end of the network"
