@@ -103,9 +103,11 @@ class CkaSegmentSettings(DepthSettings):
         description="measured divergence without the block, anew after each removal; or GradNorm of fresh networks (paper mode)",
     )
     held_out: int = Field(256, ge=16, description="examples on which divergence is measured")
-    statistics: int = Field(128, ge=4, description="calibration examples with which a network on trial is mended")
+    statistics: int = Field(256, ge=4, description="calibration examples with which a network on trial is mended")
     reach: int = Field(
-        1, ge=0, description="blocks behind the removed one that are refitted on trial, where `refit` is on"
+        0,
+        ge=0,
+        description="blocks behind the removed one that are refitted on trial (slow); 0 recalibrates BatchNorm instead",
     )
     gradnorm_batches: int = Field(2, ge=1, description="batches of 64 examples over which GradNorm is averaged")
     max_combinations: int = Field(
@@ -141,7 +143,8 @@ class NodeSettings(PassSettings):
         None, description="latency left on the first target, candidate / baseline, as its cost model predicts it"
     )
     target_peak_memory: TargetRatio | None = Field(
-        None, description="peak memory of a run left on the first target, candidate / baseline, as its cost model plans it"
+        None,
+        description="peak memory of a run left on the first target, candidate / baseline, as its cost model plans it",
     )
     target_units: TargetRatio | None = Field(None, description="share of units left in every group")
     allocation: Literal["measured", "uniform"] = Field(

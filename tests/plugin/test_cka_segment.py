@@ -10,7 +10,7 @@ from torch import nn
 
 from secateurs import prune
 from secateurs.errors import RecipeError
-from secateurs.forward import kl_divergence, predict, tensors
+from secateurs.forward import kl_divergence, predict, tensors, unsure_temperature
 from secateurs.passes.base import Context
 from secateurs.passes.cka_segment import CkaSegment, segments_of
 from secateurs.passes.depth import Similarity, cka_matrix, live_blocks
@@ -26,6 +26,10 @@ FAST = {"held_out": 32, "statistics": 16}
 
 def context_of(model, data, **options):
     return Context(model, model, data, **options)
+
+
+def divergence_of(reference, network, data):
+    return kl_divergence(reference, predict(network, data), unsure_temperature(reference))
 
 
 def paths_of(proposal):
@@ -136,7 +140,7 @@ def test_every_step_measures_again_on_what_the_steps_before_left():
         for path in (f"layers.{index}" for index in range(5)):
             if path not in gone:
                 plan = Plan(edits=tuple(DropBlock(path=name) for name in (*gone, path)))
-                expected[path] = kl_divergence(reference, predict(applied(model, plan), data))
+                expected[path] = divergence_of(reference, applied(model, plan), data)
         assert removal["scores"] == pytest.approx(expected, rel=1e-9)
         assert removal["block"] == min(expected, key=expected.get)
         assert removal["score"] == min(expected.values())
@@ -175,9 +179,9 @@ def test_a_trial_refits_the_blocks_in_reach_and_scores_the_result(reach):
         if not block.removable:
             continue
         trial = trials.without(model, block, blocks[index + 1 :])
-        assert trial.score == kl_divergence(reference, predict(trial.network, data))
+        assert trial.score == divergence_of(reference, trial.network, data)
         plain = applied(model, Plan(edits=(block.dropped("a test"),)))
-        divergence = kl_divergence(reference, predict(plain, data))
+        divergence = divergence_of(reference, plain, data)
         if trial.score == divergence:
             assert not changed_layers(model, trial.network)
             continue
@@ -200,9 +204,9 @@ def test_without_refit_a_trial_recalibrates_where_that_helps():
     recalibrated = 0
     for block in (block for block in live_blocks(context) if block.removable):
         trial = trials.without(model, block, [])
-        plain = kl_divergence(reference, predict(applied(model, Plan(edits=(block.dropped("a test"),))), data))
+        plain = divergence_of(reference, applied(model, Plan(edits=(block.dropped("a test"),))), data)
         assert not changed_layers(model, trial.network)
-        assert trial.score == kl_divergence(reference, predict(trial.network, data)) <= plain
+        assert trial.score == divergence_of(reference, trial.network, data) <= plain
         recalibrated += trial.score < plain
     assert recalibrated
 
@@ -236,7 +240,7 @@ def test_divergence_is_measured_on_validation_data():
     )
     [removal] = proposal.details["removals"]
     plan = Plan(edits=(DropBlock(path=removal["block"]),))
-    assert removal["score"] == kl_divergence(predict(model, other), predict(applied(model, plan), other))
+    assert removal["score"] == divergence_of(predict(model, other), applied(model, plan), other)
 
 
 def test_a_whole_run_meets_its_target_and_certifies():

@@ -88,10 +88,10 @@ class CkaSegment(DepthPass):
             context,
             measured_on=measured_on,
             statistics=context.calibration.take(np.arange(count)),
-            reach=settings.reach if settings.refit == "dense" else 0,
+            reach=settings.reach,
         )
         order = greedy(context, blocks, partial(_candidates, segments), trials.without, "divergence")
-        return Ranking(order, details, skipped)
+        return Ranking(order, {**details, "temperature": trials.temperature}, skipped)
 
 
 def _candidates(segments: Sequence[Sequence[Block]], gone: Sequence[Block]) -> list[Block]:

@@ -2,8 +2,9 @@
 
 A block is not removed alone: what a removal costs depends on those before it, and on what mending can repair. So each step bypasses every
 candidate in turn on the network that the steps before left, mends it, and removes the one that does least harm. Mending is a small version of
-what the pipeline does after the removal: the layers up to the end of the next block are refitted towards the network before all removals, or
-BatchNorm is recalibrated; either is kept only if the held-out divergence falls.
+what the pipeline does after the removal: BatchNorm is recalibrated, or the layers up to the end of the next blocks are refitted towards the
+network before all removals; either is kept only if the held-out divergence falls. The divergence is taken at a temperature at which the network
+has doubts, since images that it has learned by heart show little of what a removal does to others.
 
 References:
     Song et al. 2024, SLEB (greedy removal, measured again after each); the refit is that of `secateurs.refit`.
@@ -21,7 +22,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from secateurs.blocks import Block
 from secateurs.data import Dataset
-from secateurs.forward import kl_divergence, predict
+from secateurs.forward import kl_divergence, predict, unsure_temperature
 from secateurs.interfaces import ProgressEvent
 from secateurs.passes.base import Context
 from secateurs.passes.depth import Removal, dropping, layers_after, within
@@ -71,6 +72,9 @@ def label_loss(prediction: Tensor, data: Dataset) -> float | None:
 class Trials:
     """Removes blocks of one network on trial, and measures the divergence from the network before.
 
+    Attributes:
+        temperature: at which the divergence is taken.
+
     Args:
         context: of the network.
         measured_on: examples for the divergence.
@@ -84,6 +88,7 @@ class Trials:
         self.statistics = statistics
         self.reach = reach
         self._reference = predict(context.model, measured_on)
+        self.temperature = unsure_temperature(self._reference)
 
     def without(self, network: nn.Module, block: Block, following: Sequence[Block]) -> Trial:
         """Return `network` without one more block, mended.
@@ -104,7 +109,7 @@ class Trials:
         return min(plain, self._measured(mended), key=lambda trial: trial.score) if changed else plain
 
     def _measured(self, network: nn.Module) -> Trial:
-        return Trial(kl_divergence(self._reference, predict(network, self.measured_on)), network)
+        return Trial(kl_divergence(self._reference, predict(network, self.measured_on), self.temperature), network)
 
     def _consumers(self, network: nn.Module, plan: Plan, following: Sequence[Block]) -> list[str]:
         """Return the layers behind the dropped block, up to the end of the last block in reach."""
