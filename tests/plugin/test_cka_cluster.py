@@ -85,10 +85,26 @@ def test_a_rejected_round_measures_nothing_again():
     step = CkaCluster(threshold=0.0)
     context = Context(model, model, data, evaluate=lambda _: 1.0)
     step.propose(context)
-    measured = step._measured
+    measured = step._measure(context)
     step.answer(False)
     step.propose(context)
-    assert step._measured is measured
+    assert step._measure(context) is measured
+
+
+def test_passes_that_differ_in_their_number_of_blocks_share_the_first_measurement():
+    model, data = encoder(5), sequences(24)
+    context = Context(model, model, data, evaluate=lambda _: 1.0)
+    step = CkaCluster(threshold=0.0)
+    twins = {count: step.aimed(count) for count in (1, 3)}
+    plans = {count: twin.propose(context).plan for count, twin in twins.items()}
+    assert {count: len(plan) for count, plan in plans.items()} == {1: 1, 3: 3}
+    assert twins[1]._measure(context) is twins[3]._measure(context)
+    twins[1].answer(True)
+    pruned = applied(model, plans[1])
+    later = Context(pruned, model, data, evaluate=lambda _: 1.0)
+    assert [block.path for block in twins[1]._measure(later).blocks] != [block.path for block in live_blocks(context)]
+    assert twins[3]._measure(context) is step.aimed(2)._measure(context)
+    assert step.aimed(2).settings == CkaCluster(threshold=0.0, max_blocks=2).settings
 
 
 def test_blocks_with_constant_outputs_are_left_out():

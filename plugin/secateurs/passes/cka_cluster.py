@@ -13,8 +13,10 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from secateurs.blocks import Block
@@ -74,6 +76,15 @@ def neighbours(blocks: Sequence[Block], plan: Plan) -> tuple[str, ...]:
     return tuple(path for block in blocks if block.path in near for path in block.paths)
 
 
+@dataclass
+class _Measured:
+    """The blocks of one network and how similar they are."""
+
+    model: nn.Module | None = None
+    blocks: list[Block] = field(default_factory=list)
+    similarity: Similarity = field(default_factory=lambda: Similarity((), torch.zeros(0, 0, dtype=torch.float64)))
+
+
 class CkaCluster(Pass):
     """Bypass blocks whose representations barely differ."""
 
@@ -87,7 +98,18 @@ class CkaCluster(Pass):
         self._rounds = 0
         self._removed = 0
         self._proposed = 0
-        self._measured: tuple[nn.Module, list[Block], Similarity] | None = None
+        self._first = _Measured()
+        self._latest = _Measured()
+
+    def aimed(self, blocks: int) -> Self:
+        """Return a fresh pass that removes at most `blocks` blocks and shares what was measured on the first network.
+
+        Args:
+            blocks: how many may go, at least 1.
+        """
+        twin = type(self)(type(self.settings).model_validate({**self.settings.model_dump(), "max_blocks": blocks}))
+        twin._first = self._first
+        return twin
 
     def requires(self, context: Context) -> None:
         """Check for validation data, which decides each round."""
@@ -103,7 +125,8 @@ class CkaCluster(Pass):
         settings = self.settings
         if self._rounds >= settings.max_rounds or self._left() == 0:
             return Proposal(Plan())
-        live, similarity = self._measure(context)
+        measured = self._measure(context)
+        live, similarity = measured.blocks, measured.similarity
         skipped = [Skipped(where=block.path, reason=block.reason) for block in live if not block.removable]
         skipped += similarity.skipped
         blocks = list(similarity.blocks)
@@ -144,21 +167,27 @@ class CkaCluster(Pass):
         if accepted:
             self._rounds += 1
             self._removed += self._proposed
-            self._measured = None
         else:
             self._granularity += 1
 
     def _left(self) -> int | None:
         return None if self.settings.max_blocks is None else self.settings.max_blocks - self._removed
 
-    def _measure(self, context: Context) -> tuple[list[Block], Similarity]:
-        if self._measured is None or self._measured[0] is not context.model:
-            blocks = live_blocks(context)
-            similarity = block_similarity(
-                context, blocks, batch_size=self.settings.batch_size, estimator=self.settings.estimator
-            )
-            self._measured = (context.model, blocks, similarity)
-        return self._measured[1], self._measured[2]
+    def _measure(self, context: Context) -> _Measured:
+        """Return the blocks of the network and their similarity, measured once per network."""
+        if self._first.model is None:
+            self._latest = self._first
+        for known in (self._first, self._latest):
+            if known.model is context.model:
+                return known
+        if self._latest.model is not None:
+            self._latest = _Measured()
+        known = self._latest
+        known.model, known.blocks = context.model, live_blocks(context)
+        known.similarity = block_similarity(
+            context, known.blocks, batch_size=self.settings.batch_size, estimator=self.settings.estimator
+        )
+        return known
 
     def _details(self, similarity: Similarity) -> dict[str, Any]:
         cka = similarity.cka
