@@ -133,6 +133,12 @@ class Moments:
         self.sum_x += x.sum(0, dtype=torch.float64)
         self.sum_xx += (x.T @ x).double()
 
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.count + other.count, self.sum_x + other.sum_x, self.sum_xx + other.sum_xx)
+
+    def __sub__(self, other: Moments) -> Moments:
+        return Moments(self.count - other.count, self.sum_x - other.sum_x, self.sum_xx - other.sum_xx)
+
     @property
     def mean(self) -> Tensor:
         """The mean row, shape `(d,)`."""

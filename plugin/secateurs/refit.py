@@ -30,11 +30,9 @@ from secateurs.moments import PairedMoments, Positions, output_positions, patche
 from secateurs.plan import Plan
 from secateurs.prefix import Prefix, Timeline
 from secateurs.probe import sweep
+from secateurs.rows import ROWS
 
 __all__ = ["Solution", "following_norms", "install", "paired_moments", "refit", "refittable", "solve"]
-
-ROWS = 1 << 17
-"""Rows (examples times positions) that one consumer's statistics use at most."""
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 

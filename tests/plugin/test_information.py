@@ -6,7 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateurs.information import InformationLoss, ResidualIncrease, backward_elimination, noise_floor, ridged
+from secateurs.information import (
+    InformationLoss,
+    ResidualIncrease,
+    backward_elimination,
+    noise_floor,
+    precision,
+    ridged,
+)
 
 
 def problem(units, b, outputs, seed):
@@ -24,6 +31,12 @@ def problem(units, b, outputs, seed):
 
 def tensors(*arrays):
     return tuple(torch.from_numpy(np.asarray(array)) for array in arrays)
+
+
+def made(criterion, covariance, weight, third, columns):
+    """A criterion for the inverse of a covariance."""
+    covariance, *others = tensors(covariance, weight, third, columns)
+    return criterion(precision(covariance), *others)
 
 
 def mutual_information(covariance, weight, noise, kept):
@@ -56,7 +69,7 @@ sizes = pytest.mark.parametrize(("units", "b"), [(6, 1), (5, 3), (4, 9)], ids=["
 @sizes
 def test_information_is_the_difference_of_two_mutual_informations(units, b):
     covariance, weight, noise, _, columns = problem(units, b, outputs=4, seed=units)
-    criterion = InformationLoss(*tensors(covariance, weight, noise, columns))
+    criterion = made(InformationLoss, covariance, weight, noise, columns)
     left = set(range(units))
     for removed in [None, 2, 0, units - 1]:
         if removed is not None:
@@ -72,7 +85,7 @@ def test_information_is_the_difference_of_two_mutual_informations(units, b):
 @sizes
 def test_the_losses_of_an_elimination_add_up_to_all_information(units, b):
     covariance, weight, noise, _, columns = problem(units, b, outputs=3, seed=1)
-    order = backward_elimination([InformationLoss(*tensors(covariance, weight, noise, columns))], units)
+    order = backward_elimination([made(InformationLoss, covariance, weight, noise, columns)], units)
     assert len(set(order.units)) == units - 1
     (last,) = set(range(units)) - set(order.units)
     whole = mutual_information(covariance, weight, noise, np.arange(units * b))
@@ -83,7 +96,7 @@ def test_the_losses_of_an_elimination_add_up_to_all_information(units, b):
 @sizes
 def test_residual_is_the_exact_increase_of_the_least_squares_error(units, b):
     covariance, weight, _, importance, columns = problem(units, b, outputs=4, seed=units + 10)
-    criterion = ResidualIncrease(*tensors(covariance, weight, importance, columns))
+    criterion = made(ResidualIncrease, covariance, weight, importance, columns)
     left = set(range(units))
     for removed in [None, 1, 3]:
         if removed is not None:
@@ -105,7 +118,7 @@ def test_residual_agrees_with_least_squares_on_samples(b):
     weight = generator.normal(size=(3, units * b))
     y = x @ weight.T
     columns = np.arange(units * b).reshape(units, b)
-    order = backward_elimination([ResidualIncrease(*tensors(x.T @ x / n, weight, np.ones(3), columns))], units, keep=2)
+    order = backward_elimination([made(ResidualIncrease, x.T @ x / n, weight, np.ones(3), columns)], units, keep=2)
     kept = columns_of(columns, set(range(units)) - set(order.units))
     solution = np.linalg.lstsq(x[:, kept], y, rcond=None)[0]
     error = ((y - x[:, kept] @ solution) ** 2).sum() / n
@@ -120,9 +133,7 @@ def test_of_two_identical_units_exactly_one_goes(criterion):
     weight = np.diag([3.0, 2.0, 1.5, 1.0, 3.0])
     covariance = ridged(torch.from_numpy(np.cov(x.T, bias=True)), 1e-3)
     third = torch.full((5,), 0.1 if criterion is InformationLoss else 1.0, dtype=torch.float64)
-    order = backward_elimination(
-        [criterion(covariance, torch.from_numpy(weight), third, torch.arange(5)[:, None])], units=5
-    )
+    order = backward_elimination([made(criterion, covariance, weight, third, np.arange(5)[:, None])], units=5)
     assert order.units[0] in (0, 4)
     assert len({0, 4} & set(order.units)) == 1, "the other twin carries the most and stays to the end"
 
@@ -135,7 +146,7 @@ def test_a_dead_unit_goes_first_at_no_cost(criterion, b):
     covariance[columns[2]] = 0
     covariance[:, columns[2]] = 0
     safe = ridged(torch.from_numpy(covariance), 1e-3)
-    order = backward_elimination([criterion(safe, *tensors(weight, noise, columns))], units=4)
+    order = backward_elimination([made(criterion, safe, weight, noise, columns)], units=4)
     assert order.units[0] == 2
     assert order.losses[0] < 0.1 * order.losses[1]
 
@@ -155,8 +166,8 @@ def test_scores_are_never_negative_even_for_singular_covariances(seed, units, b,
     weight = torch.from_numpy(generator.normal(size=(3, units * b)))
     columns = torch.arange(units * b).reshape(units, b)
     for criterion in (
-        InformationLoss(covariance, weight, torch.full((3,), 1e-2, dtype=torch.float64), columns),
-        ResidualIncrease(covariance, weight, torch.ones(3, dtype=torch.float64), columns),
+        made(InformationLoss, covariance, weight, np.full(3, 1e-2), columns),
+        made(ResidualIncrease, covariance, weight, np.ones(3), columns),
     ):
         left = list(range(units))
         for _ in range(min(steps, units - 1)):
@@ -172,15 +183,15 @@ def test_permuting_the_units_permutes_the_scores(seed, units, b):
     covariance, weight, noise, _, columns = problem(units, b, outputs=3, seed=seed)
     order = np.random.default_rng(seed).permutation(units)
     for criterion in (InformationLoss, ResidualIncrease):
-        plain, shuffled = (criterion(*tensors(covariance, weight, noise, index)) for index in (columns, columns[order]))
+        plain, shuffled = (made(criterion, covariance, weight, noise, index) for index in (columns, columns[order]))
         torch.testing.assert_close(shuffled.scores(), plain.scores()[torch.from_numpy(order)])
 
 
 def test_the_readers_of_a_group_are_summed():
     first, second = (problem(4, 1, outputs=3, seed=seed) for seed in (0, 1))
-    plain = [InformationLoss(*tensors(p[0], p[1], p[2], p[4])).scores() for p in (first, second)]
+    plain = [made(InformationLoss, p[0], p[1], p[2], p[4]).scores() for p in (first, second)]
     order = backward_elimination(
-        [InformationLoss(*tensors(p[0], p[1], p[2], p[4])) for p in (first, second)], units=4, keep=3
+        [made(InformationLoss, p[0], p[1], p[2], p[4]) for p in (first, second)], units=4, keep=3
     )
     total = plain[0] + plain[1]
     assert order.units == (int(total.argmin()),)
@@ -201,7 +212,7 @@ def test_an_output_nobody_cares_for_carries_no_weight():
     covariance = torch.eye(2, dtype=torch.float64)
     weight = torch.eye(2, dtype=torch.float64)
     noise = noise_floor(torch.ones(2, dtype=torch.float64), 0.1, torch.tensor([1.0, 0.0], dtype=torch.float64))
-    scores = InformationLoss(covariance, weight, noise, torch.arange(2)[:, None]).scores()
+    scores = made(InformationLoss, covariance, weight, noise, np.arange(2)[:, None]).scores()
     assert float(scores[0]) > 1000 * float(scores[1])
 
 

@@ -13,11 +13,11 @@ from secateurs.data import Dataset
 from secateurs.forward import call, kl_divergence, predict
 from secateurs.groups import find_groups, plan_removal
 from secateurs.moments import PairedMoments
-from secateurs.passes.survey import _reader_moments
 from secateurs.plan import Plan
 from secateurs.prefix import Prefix, Timeline
 from secateurs.probe import execution_order
 from secateurs.refit import following_norms, paired_moments, refit, refittable, solve
+from secateurs.rows import reader_moments
 from secateurs.surgery import applied
 
 
@@ -251,7 +251,7 @@ def test_padding_has_no_part_in_the_statistics():
     assert moments.x.count == data.tokens.sum()
     assert torch.allclose(moments.x.mean, x[real].double().mean(0), atol=1e-6)
     assert torch.allclose(moments.mean_y, y[real].double().mean(0), atol=1e-6)
-    survey = _reader_moments(model, ["second"], data, 0, batch_size=8)["second"]
+    survey = reader_moments(model, ["second"], data, batch_size=8)["second"][0]
     assert survey.count == data.tokens.sum()
     assert torch.allclose(survey.second, moments.x.second, atol=1e-6)
 

@@ -25,6 +25,7 @@ from secateurs.information import (
     ResidualIncrease,
     backward_elimination,
     noise_floor,
+    precision,
     ridged,
 )
 from secateurs.interfaces import ProgressEvent
@@ -73,10 +74,12 @@ def removal_order(
         weights = None if sensitivity is None else sensitivity[member.module].double()
         columns = survey.columns(member.module, member.index)
         if criterion == "information":
-            criteria.append(InformationLoss(covariance, weight, noise_floor(variance, noise, weights), columns))
+            criteria.append(
+                InformationLoss(precision(covariance), weight, noise_floor(variance, noise, weights), columns)
+            )
         else:
             importance = torch.ones_like(variance) if weights is None else weights
-            criteria.append(ResidualIncrease(covariance, weight, importance, columns))
+            criteria.append(ResidualIncrease(precision(covariance), weight, importance, columns))
     return backward_elimination(criteria, group.units)
 
 

@@ -6,6 +6,8 @@ that couples the wrong channels is refused with a reason and the rest is still p
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,11 +21,11 @@ from secateurs.data import Dataset
 from secateurs.groups import Group, Limits, find_groups
 from secateurs.information import Order
 from secateurs.layers import is_matrix_layer, weight_dims, widths_of
-from secateurs.moments import Moments, Positions, output_positions, patches, token_rows, unit_columns
-from secateurs.probe import sweep
+from secateurs.moments import unit_columns
 from secateurs.readers import observe_readers
-from secateurs.refit import ROWS, following_norms, refittable
+from secateurs.refit import following_norms, refittable
 from secateurs.report import Skipped
+from secateurs.rows import reader_moments
 from secateurs.settings import NodeSettings
 from secateurs.streams import observed_groups
 from secateurs.surgery import is_splittable
@@ -38,17 +40,28 @@ class Survey:
         model: the dense network.
         groups: the groups that may be pruned.
         moments: of each reader's input, by reader.
+        folds: the same moments, apart for each of several folds of the examples; empty for a single fold.
         norms: the BatchNorm behind each consumer that has one.
+
+    Args:
+        model: the dense network.
+        groups: the groups that may be pruned.
+        calibration: examples for the statistics.
+        seed: of the drawn positions.
+        folds: into which the examples are dealt.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], calibration: Dataset, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, groups: Sequence[Group], calibration: Dataset, seed: int, folds: int = 1
+    ) -> None:
         self.model = model
         self.groups = list(groups)
         self.norms = following_norms(model, calibration.take(range(min(2, len(calibration)))))
         names = list(dict.fromkeys(member.module for group in groups for member in group.of("in")))
-        self.moments = _reader_moments(
-            model, [name for name in names if refittable(model.get_submodule(name))], calibration, seed
-        )
+        readers = [name for name in names if refittable(model.get_submodule(name))]
+        apart = reader_moments(model, readers, calibration, folds=folds, seed=seed)
+        self.moments = {name: functools.reduce(operator.add, parts) for name, parts in apart.items()}
+        self.folds = apart if folds > 1 else {}
 
     def columns(self, name: str, index: np.ndarray) -> Tensor:
         """Return the weight columns of each unit for one reader, shape `(units, b)`."""
@@ -203,31 +216,6 @@ def fused_attention(model: nn.Module) -> list[str]:
 
 def _flat(index: np.ndarray) -> tuple[int, ...]:
     return tuple(int(value) for value in np.sort(index.ravel()))
-
-
-def _reader_moments(
-    model: nn.Module, names: Sequence[str], data: Dataset, seed: int, batch_size: int = 64
-) -> dict[str, Moments]:
-    batches = max(1, -(-len(data) // batch_size))
-    positions = Positions(max(ROWS // batches, 1), seed)
-    found: dict[str, Moments] = {}
-
-    def tap_for(name: str, layer: nn.Module, batch: Dataset) -> Any:
-        def tap(inputs: Tensor, output: Tensor) -> None:
-            drawn = positions.draw(len(output), output_positions(layer, output))
-            x, real = patches(layer, inputs, drawn), token_rows(layer, output, drawn, batch.tokens)
-            found.setdefault(name, Moments.zeros(x.shape[1])).update(x if real is None else x[real])
-
-        return tap
-
-    for batch in data.longest_first().batches(batch_size):
-        sweep(
-            model,
-            batch,
-            {name: tap_for(name, model.get_submodule(name), batch) for name in names},
-            batch_size=batch_size,
-        )
-    return found
 
 
 def norm_order(model: nn.Module, group: Group) -> Order:
