@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from secateurs import checkpoint, processes
+from secateurs.errors import SecateursError
 from secateurs.pipeline import Outcome
 from secateurs.plan import Plan
 from secateurs.report import PassRecord, Trial, write_text
@@ -67,14 +68,19 @@ class Archive:
         self._found = [_Finished.model_validate_json(text) for text in found]
 
     def replayed(self, blocks: int, target: float | None) -> Answer | None:
-        """Return the answer of the next trial if it was finished before, and take it over; None if it has to be made."""
+        """Return the answer of the next trial if it was finished before, and take it over; None if it has to be made.
+
+        Raises:
+            SecateursError: another candidate was tried in its place.
+        """
         number = len(self.trials)
         if number >= len(self._found):
             return None
         known = self._found[number]
         if (known.trial.blocks, known.trial.target) != (blocks, target):
-            self._found = self._found[:number]
-            return None
+            raise SecateursError(
+                f"the trials kept in {str(self._folder)!r} are those of another search; start anew with `--overwrite`."
+            )
         self.trials.append(known.trial)
         return known.answer
 
