@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from secateurs.errors import RecipeError
 from secateurs.passes.base import Pass
@@ -13,6 +14,11 @@ from secateurs.passes.width import NodePass
 from secateurs.strategy import Candidate
 
 __all__ = ["Aims", "Step", "find_aims"]
+
+
+@runtime_checkable
+class _TakesBlocks(Protocol):
+    def aimed(self, blocks: int) -> Pass: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ class Aims:
         for position, step in enumerate(self.passes):
             if position == self.depth:
                 if candidate.blocks:
-                    found.append(Step(position, candidate.blocks, _with_blocks(step, candidate.blocks)))
+                    assert isinstance(step, _TakesBlocks)
+                    found.append(Step(position, candidate.blocks, step.aimed(candidate.blocks)))
             elif position == self.width:
                 if candidate.target is not None:
                     assert isinstance(step, NodePass)
@@ -60,12 +67,6 @@ class Aims:
             else:
                 found.append(Step(position, None, copy.deepcopy(step)))
         return found
-
-
-def _with_blocks(step: Pass, blocks: int) -> Pass:
-    if isinstance(step, DepthPass):
-        return step.aimed(blocks)
-    return type(step)(step.settings.model_copy(update={"max_blocks": blocks}))
 
 
 def find_aims(passes: Sequence[Pass], *, accuracy_drop: float | None, cost: str, asked: bool) -> Aims | None:
@@ -86,7 +87,11 @@ def find_aims(passes: Sequence[Pass], *, accuracy_drop: float | None, cost: str,
     depth = [index for index, step in enumerate(passes) if isinstance(step, DepthPass) and step.open]
     if not width and not depth and not asked:
         return None
-    depth = depth or [index for index, step in enumerate(passes) if getattr(step.settings, "max_blocks", 0) is None]
+    depth = depth or [
+        index
+        for index, step in enumerate(passes)
+        if isinstance(step, _TakesBlocks) and getattr(step.settings, "max_blocks", 0) is None
+    ]
     if not width and not depth:
         raise RecipeError(
             "`search` is given, and every pass has its target; leave out `search`, or the target that it should find."

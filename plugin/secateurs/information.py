@@ -241,7 +241,7 @@ class _Elimination:
             panel = slice(start, start + PANEL)
             rows = self._base.index_select(0, kept[panel]).index_select(1, kept[start:])
             torch.addmm(rows, factors[:, panel].T, factors[:, start:], alpha=-1, out=fresh[panel, start:])
-            fresh[start:, panel] = fresh[panel, start:].T
+            fresh[start:, panel] = fresh[panel, start:].T.clone()
         self._base = fresh
         self._maps = torch.addmm(self._maps.index_select(1, kept), self._shares[:, : self._pending], factors, alpha=-1)
         place = torch.zeros_like(self._present, dtype=torch.long)
