@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from stories import DATA, HEADS, HIDDEN, KV_HEADS, LAYERS, WEIGHTS, WIDTH, load, perplexity, sample, write
 
 import secateurs
 from secateurs.errors import ModelError
@@ -15,8 +14,7 @@ from secateurs.forward import to_dataset
 
 transformers = pytest.importorskip("transformers")
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-WEIGHTS, VOCABULARY = DATA / "weights_stories260k_llama.safetensors", DATA / "stories260k_vocab.json"
+VOCABULARY = DATA / "stories260k_vocab.json"
 
 pytestmark = [
     pytest.mark.hf,
@@ -24,68 +22,20 @@ pytestmark = [
     pytest.mark.skipif(not WEIGHTS.exists(), reason="shared/data/weights_stories260k_llama.safetensors is not there"),
 ]
 
-LAYERS, WIDTH, HEADS, KV_HEADS, HIDDEN = 5, 64, 8, 4, 172
-BOS = 1
 HALF = HIDDEN // 2
 HEAD_DIM = WIDTH // HEADS
-
-
-def halves(weight, heads):
-    """Turn interleaved rotary pairs, (x0, y0, x1, y1, ...) in each head, into the two halves that Hugging Face rotates."""
-    return weight.view(heads, -1, 2, WIDTH).transpose(1, 2).reshape(weight.shape)
-
-
-def hugging_face_names(weights):
-    """Return the weights under Hugging Face's names."""
-    found = {"model.embed_tokens.weight": weights["tok_embeddings.weight"], "model.norm.weight": weights["norm.weight"]}
-    found["lm_head.weight"] = weights["tok_embeddings.weight"]
-    names = {
-        "wv": "self_attn.v_proj",
-        "wo": "self_attn.o_proj",
-        "w1": "mlp.gate_proj",
-        "w2": "mlp.down_proj",
-        "w3": "mlp.up_proj",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-    }
-    for layer in range(LAYERS):
-        old, new = f"layers.{layer}", f"model.layers.{layer}"
-        found |= {f"{new}.{name}.weight": weights[f"{old}.{short}.weight"] for short, name in names.items()}
-        found[f"{new}.self_attn.q_proj.weight"] = halves(weights[f"{old}.wq.weight"], HEADS)
-        found[f"{new}.self_attn.k_proj.weight"] = halves(weights[f"{old}.wk.weight"], KV_HEADS)
-    return found
 
 
 @pytest.fixture(scope="module")
 def dense():
     """Return the trained network."""
-    config = transformers.LlamaConfig(
-        vocab_size=512,
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=512,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        tie_word_embeddings=True,
-        use_cache=False,
-        bos_token_id=BOS,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    network = transformers.LlamaForCausalLM(config)
-    network.load_state_dict(hugging_face_names(load_file(WEIGHTS)), strict=True)
-    return network.eval()
+    return load()
 
 
 @pytest.fixture(scope="module")
 def stories(dense):
     """Return 80 texts of 64 tokens that the network wrote itself, by seeded sampling."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return write(dense, 63, texts=80, min_new_tokens=63, do_sample=True, top_k=0)
+    return sample(dense, 64, 80, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -102,21 +52,6 @@ def result(dense, stories):
         ],
         evaluate=lambda network: -perplexity(network, stories[48:64]) / 1e6,
     )
-
-
-def write(network, length, *, texts=1, cache=True, **options):
-    options = {"do_sample": False, **options}
-    with torch.no_grad():
-        start = torch.full((texts, 1), BOS)
-        return network.generate(
-            start, attention_mask=torch.ones_like(start), max_new_tokens=length, use_cache=cache, **options
-        )
-
-
-def perplexity(network, texts):
-    with torch.no_grad():
-        scores = network(input_ids=texts).logits[:, :-1]
-    return float(torch.nn.functional.cross_entropy(scores.flatten(0, 1), texts[:, 1:].flatten()).exp())
 
 
 def test_the_dense_network_tells_a_story(dense):
