@@ -9,7 +9,7 @@ import yaml
 from secateurs.budget import Budget
 from secateurs.errors import RecipeError, UserError
 from secateurs.recipe import load_recipe, parse_pass, parse_recipe, settings_from
-from secateurs.settings import ExportSettings, MiNodesSettings, RecoverySettings, TargetSettings
+from secateurs.settings import ExportSettings, MiNodesSettings, RecoverySettings, SearchSettings, TargetSettings
 
 FULL = """
 schema: 1
@@ -85,6 +85,7 @@ def test_defaults():
     recipe = parse(minimal())
     assert (recipe.seed, recipe.metric, recipe.folder) == (0, "accuracy", Path("/somewhere"))
     assert recipe.recovery == RecoverySettings()
+    assert recipe.search is None
     assert recipe.export == ExportSettings()
     assert recipe.budget == Budget()
     assert recipe.targets == (TargetSettings(),)
@@ -219,6 +220,11 @@ REFUSED = {
         minimal(recovery={"epoch": 1}),
         "recovery: unknown option 'epoch'. Did you mean 'epochs'",
     ),
+    "unknown search option": (
+        minimal(search={"trial": 1}),
+        "search: unknown option 'trial'. Did you mean 'trials'",
+    ),
+    "search trials": (minimal(search={"trials": 0}), "`search.trials`: .*; got 0"),
     "unknown target option": (
         minimal(targets=[{}, {"thread": 1}]),
         "targets.1: unknown option 'thread'. Did you mean 'threads'",
@@ -294,13 +300,23 @@ def test_the_resolved_recipe_reads_back_as_itself(write, tmp_path, monkeypatch):
 
 
 def test_a_minimal_recipe_reads_back_as_itself(tmp_path):
-    recipe = parse(minimal())
+    recipe = parse(minimal(search={"trials": 5}))
+    assert recipe.search == SearchSettings(trials=5)
     (tmp_path / "r.yaml").write_text(recipe.to_yaml())
     assert load_recipe(tmp_path / "r.yaml") == recipe
 
 
 @pytest.mark.parametrize(
-    "override", ["seed=4", "depth=8", "recovery.epochs=3", "passes.mi-nodes.target_macs=0.6", "export.opset=19"]
+    "override",
+    [
+        "seed=4",
+        "depth=8",
+        "search={}",
+        "search.trials=3",
+        "recovery.epochs=3",
+        "passes.mi-nodes.target_macs=0.6",
+        "export.opset=19",
+    ],
 )
 def test_the_digest_follows_everything_that_determines_the_result(write, override):
     assert load_recipe(write(), [override]).digest() != load_recipe(write()).digest()

@@ -93,6 +93,25 @@ def refuse(secateurs, tmp_path):
         ),
         pytest.param(["model.weights=examples/none.safetensors"], ["none.safetensors"], id="weights missing"),
         pytest.param(["model.weights=README.md"], ["README.md", "safetensors"], id="weights not safetensors"),
+        pytest.param(
+            ["search.resolutoin=0.1"],
+            ["search: unknown option 'resolutoin'", "'resolution'"],
+            id="unknown search option",
+        ),
+        pytest.param(["search={}"], ["`search`", "leave out"], id="search with nothing open"),
+        pytest.param(
+            ["passes=[mi-nodes]", "budget={}"],
+            ["'mi-nodes' has no target", "`target_macs`", "`budget.accuracy_drop`"],
+            id="no target and no budget",
+        ),
+        pytest.param(
+            ["passes=[mi-nodes]", "search.cost=mac"], ["`search.cost`", "'mac'", "`target_macs`"], id="search cost"
+        ),
+        pytest.param(
+            ["passes=[mi-nodes]", "metric=f1-macro", "budget.accuracy_confidence=0.95"],
+            ["`budget.accuracy_confidence`", "no exact interval"],
+            id="search by an interval that there is not",
+        ),
         pytest.param(["schema=2"], ["`schema` must be 1"], id="schema"),
         pytest.param(["nothing"], ["key=value"], id="set without a value"),
         pytest.param(["model={}"], ["no `model`"], id="no model"),
