@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from secateurs import checkpoint, cost, processes
+from secateurs.card import model_card
 from secateurs.data import Dataset, resolve_roles
 from secateurs.errors import DataError, ModelError, RecipeError, UserError
 from secateurs.forward import call, inference, output_tensors, trimming
@@ -34,9 +35,8 @@ from secateurs.recovery import check_settings
 from secateurs.report import PassRecord, Report, Trial, write_text
 from secateurs.search import Search, prepare_search
 from secateurs.settings import TargetSettings
-from secateurs.tables import TRIAL_HEADINGS, figure_rows, trial_rows
 
-__all__ = ["OUTPUTS", "PLANS", "Prepared", "Pruned", "dry_run", "model_card", "prepare", "run"]
+__all__ = ["OUTPUTS", "PLANS", "Prepared", "Pruned", "dry_run", "prepare", "run"]
 
 OUTPUTS = (
     "report.json",
@@ -359,51 +359,3 @@ def _load_state(output: Path, recipe: Recipe, session: Session) -> Outcome:
         tuple(PassRecord.model_validate(record) for record in body["records"]),
         tuple(body["shortfalls"]),
     )
-
-
-# --- the model card ---------------------------------------------------------------------------------------------------------------------
-
-
-def model_card(report: Report, recipe: Recipe) -> str:
-    """Return the model card of an output folder, as Markdown."""
-    rows = "\n".join(
-        f"| {row.name} | {row.baseline} | {row.candidate} | {row.ratio} | {row.budget} | {row.status or ''} |"
-        for row in figure_rows(report)
-    )
-    passes = "\n".join(
-        f"* `{record.name}`: {record.edits} edits, {len(record.skipped)} skipped" for record in report.passes
-    )
-    return f"""# Pruned network
-
-Verdict: **{report.verdict}**{"".join(f" ({reason})" for reason in report.reasons)}
-
-| | baseline | candidate | ratio | budget | verdict |
-|---|---|---|---|---|---|
-{rows}
-
-## How it was made
-
-{passes}
-{_searched(report.trials)}
-Network: `{recipe.model.loader}: {recipe.model.value}`. The resolved recipe is `recipe.yaml`; every edit, with its reason, is in `plan.json`.
-
-## How to use it
-
-`model.onnx` runs on onnxruntime by itself. The torch network is rebuilt without pickle:
-
-    import secateurs
-    model = secateurs.load("FOLDER", build=MyNetwork)  # MyNetwork() returns the original structure
-"""
-
-
-def _searched(trials: list[Trial]) -> str:
-    """Return the model card's part about a search, empty where there was none."""
-    if not trials:
-        return ""
-    rows = [TRIAL_HEADINGS, ("---",) * len(TRIAL_HEADINGS), *trial_rows(trials)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"""
-A search tried these networks, each judged on validation data before any training at the end; costs are ratios to the baseline:
-
-{table}
-"""

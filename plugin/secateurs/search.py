@@ -106,6 +106,7 @@ class Search:
     def __init__(self, session: Session, aims: Aims, manager: Manager, judge: Judge, settings: SearchSettings) -> None:
         self.settings = settings
         self._session, self._aims, self._manager, self._judge = session, aims, manager, judge
+        self._whole: list[float] | None = None
         self._chain: list[tuple[tuple[int, float | None], Outcome]] = []
 
     def run(self, folder: Path | None = None) -> Found:
@@ -211,11 +212,13 @@ class Search:
 
     def _ratios(self, model: nn.Module) -> tuple[float, float, float]:
         """Return candidate / baseline of the cost that is searched for, of MACs and of parameters."""
-        example = self._session.context(model).example
-        counts = (self._session.cost_models(self.settings.cost), cost.macs, cost.parameters)
-        pairs = [
-            (sum(count(model, example).values()), sum(count(self._session.baseline, example).values()))
-            for count in counts
-        ]
+        if self._whole is None:
+            self._whole = self._costs(self._session.baseline)
+        pairs = zip(self._costs(model), self._whole, strict=True)
         cost_ratio, macs, parameters = (after / before if before else 1.0 for after, before in pairs)
         return cost_ratio, macs, parameters
+
+    def _costs(self, model: nn.Module) -> list[float]:
+        example = self._session.context(model).example
+        counts = (self._session.cost_models(self.settings.cost), cost.macs, cost.parameters)
+        return [sum(count(model, example).values()) for count in counts]
