@@ -39,3 +39,12 @@ def test_mi_nodes_keeps_the_accuracy_that_the_readme_states(tmp_path):
         assert rows["mi-nodes"]["right"] >= least
         assert all(row["macs_ratio"] <= part["target_macs"] for row in rows.values())
         assert all(row["right"] <= rows["mi-nodes"]["right"] + 16 for row in rows.values())
+
+
+def test_six_blocks_chosen_by_cka_segment_cost_less_than_others(tmp_path):
+    """The committed results hold all counts, methods and five seeds, and refit."""
+    options = ["--counts", "6", "--seeds", "2", "--mending", "recalibrated"]
+    body = results("depth", tmp_path, *options, "--methods", "cka-segment", "block-influence", "random")
+    assert body["summary"]["recalibrated"]["holds"]
+    assert all(row["certificate"]["max_abs"] <= 1e-4 * row["certificate"]["scale"] for row in body["rows"])
+    assert all(len(row["blocks"]) == 6 for row in body["rows"])
