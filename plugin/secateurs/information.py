@@ -187,7 +187,7 @@ class _Elimination:
         self._base = precision
         self._maps = precision.new_zeros(0, len(precision)) if maps is None else maps
         self._position = columns.clone()
-        self._left = torch.ones(len(columns), dtype=torch.bool)
+        self._left = precision.new_ones(len(columns), 1, 1)
         self._size = columns.shape[1]
         self.blocks = precision[columns[:, :, None], columns[:, None, :]]
         self._restart()
@@ -222,7 +222,7 @@ class _Elimination:
         self._pending += self._size
         self._present[index] = 0
         self._left[unit] = False
-        per_unit = self._per_unit(fresh)
+        per_unit = self._per_unit(fresh) * self._left
         self.blocks.baddbmm_(per_unit.mT, per_unit, alpha=-1)
         self.blocks[unit] = torch.eye(self._size, dtype=self.blocks.dtype)
         return per_unit, self._per_unit(pulled), share

@@ -11,7 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,7 @@ def _run_pass(session: Session, step: Pass, outcome: Outcome) -> Outcome:
     tally = _Tally()
     for _ in range(MAX_ROUNDS):
         session.progress(ProgressEvent(step.name, len(tally.rounds), len(tally.rounds) + 1, "looking for edits"))
-        proposal = step.propose(session.context(current))
+        proposal = step.propose(replace(session.context(current), entry=entry, done=tally.plan))
         tally.skip(proposal.skipped)
         # The first round describes the network as the pass found it; later rounds must not overwrite that.
         tally.details = {**proposal.details, **tally.details}

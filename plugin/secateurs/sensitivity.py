@@ -1,7 +1,8 @@
-r"""How much the loss cares for each output of a layer: the mean squared gradient.
+r"""How much the loss cares for each output of a layer: the second moment of its gradient $g$ there.
 
-Labels are drawn from the network's own predictions, so that the mean squared gradient is the diagonal of the Fisher information with respect to
-the layer's output; unlabelled data are enough.
+$F = \mathbb{E} \sum_s g_s g_s^\top$, summed over positions $s$. Labels are drawn from the network's own predictions, so that $F$ is the Fisher
+information with respect to the layer's output; unlabelled data are enough. An error $e$ of the output, alike at all positions of which one is
+drawn, costs about $e^\top F e / 2$ nats.
 """
 
 from __future__ import annotations
@@ -21,19 +22,27 @@ __all__ = ["output_sensitivity"]
 
 
 def output_sensitivity(
-    model: nn.Module, names: Sequence[str], data: Dataset, *, batch_size: int = 64, seed: int = 0
+    model: nn.Module,
+    names: Sequence[str],
+    data: Dataset,
+    *,
+    pairs: bool = False,
+    batch_size: int = 64,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Return the mean squared gradient of the loss at each layer's output, one value per channel.
+    """Return the second moment of the loss gradient at each layer's output.
 
     Args:
         model: the network; a copy is used.
         names: the layers.
         data: examples; labels are not used.
+        pairs: of each pair of channels, and not only of each channel with itself.
         batch_size: examples per backward pass.
         seed: of the drawn labels.
 
     Returns:
-        By layer, shape `(channels,)`, float64.
+        By layer, float64: the mean squared gradient of each channel, shape `(channels,)`, or with `pairs` the whole matrix, shape
+        `(channels, channels)`, of which that is the diagonal.
     """
     twin = copy.deepcopy(model).eval()
     for parameter in twin.parameters():
@@ -51,15 +60,14 @@ def output_sensitivity(
     with torch.enable_grad(), frozen_randomness(seed):
         for batch in data.longest_first().batches(batch_size):
             prediction = logits(call(twin, batch))
-            flat = prediction.reshape(-1, prediction.shape[-1])
-            labels = torch.distributions.Categorical(logits=flat.detach()).sample()
-            loss = torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
+            rows = prediction.reshape(-1, prediction.shape[-1])
+            labels = torch.distributions.Categorical(logits=rows.detach()).sample()
+            loss = torch.nn.functional.cross_entropy(rows, labels, reduction="sum")
             gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
             for name, gradient in zip(outputs, gradients, strict=True):
                 if gradient is None:
                     continue
-                dim = channel_dim(layers[name], gradient)
-                per_channel = gradient.double().square().movedim(dim, 0).flatten(1).sum(1)
-                sums[name] = sums.get(name, 0) + per_channel
+                flat = gradient.double().movedim(channel_dim(layers[name], gradient), 0).flatten(1)
+                sums[name] = sums.get(name, 0) + (flat @ flat.T if pairs else flat.square().sum(1))
     ones = {name: torch.ones(widths_of(layers[name])[1], dtype=torch.float64) for name in names}
-    return {name: sums.get(name, ones[name]) / len(data) for name in names}
+    return {name: sums.get(name, ones[name].diag() if pairs else ones[name]) / len(data) for name in names}

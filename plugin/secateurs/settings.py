@@ -179,6 +179,11 @@ class NodeSettings(PassSettings):
     held_out: int = Field(
         256, ge=16, description="examples on which allocation measures divergence from the dense network"
     )
+    compare: bool = Field(
+        True,
+        description="where a pass has several removal orders: also allocate with each alone, and keep the network that is closest to the "
+        "dense one after refit as a whole",
+    )
     ridge: float = Field(1e-3, gt=0, description="added to covariances, relative to their mean variance")
     max_group_items: int = Field(
         20_000, ge=1, description="a group with more (layer, dimension) entries than this is skipped"
@@ -189,16 +194,47 @@ class NodeSettings(PassSettings):
 class MiNodesSettings(NodeSettings):
     """Options of `mi-nodes` (MIPP)."""
 
-    estimator: Literal["gaussian"] = Field("gaussian", description="closed-form Gaussian mutual information")
+    estimator: Literal["gaussian", "copula", "mlp"] = Field(
+        "gaussian",
+        description="closed-form Gaussian mutual information; the same of normal scores, for heavy tails; or trained predictors (paper mode)",
+    )
     criteria: tuple[Literal["information", "residual", "magnitude"], ...] = Field(
         ("information", "residual", "magnitude"),
         min_length=1,
-        description="removal orders that allocation chooses from, per group",
+        description="removal orders that allocation chooses from, per group; paper mode has its own",
     )
     noise_floor: float = Field(
         1e-2, gt=0, description="noise on the consumer's outputs, relative to their mean variance"
     )
-    loss_weighting: bool = Field(True, description="weight the consumer's outputs by their mean squared loss gradient")
+    loss_weighting: Literal["none", "diagonal", "full"] = Field(
+        "diagonal",
+        description="weight the consumer's outputs by their mean squared loss gradient, or pairs of them by the gradients' second moment",
+    )
+    sequential: bool = Field(
+        False,
+        description="rank from the output to the input: outputs that a uniform removal of the later groups drops carry no weight",
+    )
+    confidence: float | None = Field(
+        None,
+        ge=0.5,
+        lt=1,
+        description="keep a unit only if surer than this that it carries information; sets the widths where no target is given",
+    )
+    repeats: int = Field(
+        5, ge=2, description="folds of the calibration examples, or trainings of each predictor, behind the confidence"
+    )
+    least_information: float = Field(
+        0.3466,
+        ge=0,
+        description="nats that a unit must surely carry in closed form; half a bit: its removal adds an error as large as the noise floor",
+    )
+    max_trainings: int = Field(5000, ge=1, description="paper mode is refused where it would train more predictors")
+
+    @field_validator("loss_weighting", mode="before")
+    @classmethod
+    def _switch(cls, value: object) -> object:
+        """Read true and false (YAML's bare `no`) as the diagonal and as nothing."""
+        return {True: "diagonal", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class BaselineSettings(NodeSettings):

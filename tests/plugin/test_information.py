@@ -1,4 +1,6 @@
-"""Removal scores against log-determinants of the joint covariance and against least squares."""
+"""Removal scores against log-determinants of the joint covariance, against least squares and against all subsets."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from secateurs import information
 from secateurs.information import (
     InformationLoss,
     ResidualIncrease,
@@ -39,10 +42,21 @@ def made(criterion, covariance, weight, third, columns):
     return criterion(precision(covariance), *others)
 
 
+def square(values):
+    """A diagonal matrix for a vector."""
+    return np.diag(values) if values.ndim == 1 else values
+
+
+def coupled(size, seed):
+    """A random positive definite matrix."""
+    factor = np.random.default_rng(seed).normal(size=(size, size + 1))
+    return factor @ factor.T / size
+
+
 def mutual_information(covariance, weight, noise, kept):
     """I(X_kept; Y) of the joint Gaussian of X and Y = WX + noise, from three determinants."""
     joint = np.block(
-        [[covariance, covariance @ weight.T], [weight @ covariance, weight @ covariance @ weight.T + np.diag(noise)]]
+        [[covariance, covariance @ weight.T], [weight @ covariance, weight @ covariance @ weight.T + square(noise)]]
     )
     d = len(covariance)
     x, y = np.asarray(kept, dtype=int), np.arange(d, len(joint))
@@ -56,7 +70,7 @@ def residual(covariance, weight, importance, kept):
     gone = np.setdiff1d(np.arange(len(covariance)), kept)
     cross = covariance[np.ix_(gone, kept)]
     left = covariance[np.ix_(gone, gone)] - cross @ np.linalg.solve(covariance[np.ix_(kept, kept)], cross.T)
-    return float(np.trace(np.diag(importance) @ weight[:, gone] @ left @ weight[:, gone].T))
+    return float(np.trace(square(importance) @ weight[:, gone] @ left @ weight[:, gone].T))
 
 
 def columns_of(columns, units):
@@ -221,3 +235,170 @@ def test_ridge_is_relative_to_the_mean_variance():
     expected = torch.diag(torch.tensor([1.02, 3.02], dtype=torch.float64))
     torch.testing.assert_close(ridged(covariance, 0.01), expected)
     assert float(torch.linalg.slogdet(ridged(torch.zeros(3, 3, dtype=torch.float64), 1e-3))[0]) == 1.0
+
+
+@sizes
+def test_noise_and_weights_of_pairs_of_outputs(units, b):
+    covariance, weight, _, _, columns = problem(units, b, outputs=4, seed=3)
+    pairs = coupled(4, seed=units)
+    lost = made(InformationLoss, covariance, weight, pairs, columns)
+    increase = made(ResidualIncrease, covariance, weight, pairs, columns)
+    left = set(range(units))
+    for removed in [None, 1, 3]:
+        if removed is not None:
+            lost.remove(removed)
+            increase.remove(removed)
+            left.discard(removed)
+        now = columns_of(columns, left)
+        for unit in left:
+            less = columns_of(columns, left - {unit})
+            nats = mutual_information(covariance, weight, pairs, now) - mutual_information(
+                covariance, weight, pairs, less
+            )
+            error = residual(covariance, weight, pairs, less) - residual(covariance, weight, pairs, now)
+            assert float(lost.scores()[unit]) == pytest.approx(nats, abs=1e-9)
+            assert float(increase.scores()[unit]) == pytest.approx(error, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("criterion", [InformationLoss, ResidualIncrease])
+def test_a_diagonal_matrix_of_pairs_is_the_vector(criterion):
+    covariance, weight, noise, _, columns = problem(5, 2, outputs=14, seed=8)
+    vector, matrix = (made(criterion, covariance, weight, third, columns) for third in (noise, np.diag(noise)))
+    for removed in (1, 4):
+        torch.testing.assert_close(vector.scores(), matrix.scores(), rtol=1e-8, atol=1e-10)
+        vector.remove(removed)
+        matrix.remove(removed)
+
+
+def test_an_unwanted_direction_of_the_outputs_carries_no_weight():
+    """Two outputs of which only the sum matters: the unit that moves them apart is worth nothing."""
+    pairs = np.array([[1.0, 1.0], [1.0, 1.0]])
+    weight = np.array([[1.0, 1.0], [1.0, -1.0]])  # unit 0 moves the sum, unit 1 the difference
+    columns = np.arange(2)[:, None]
+    scores = made(ResidualIncrease, np.eye(2), weight, pairs, columns).scores()
+    torch.testing.assert_close(scores, torch.tensor([4.0, 0.0], dtype=torch.float64), atol=1e-6, rtol=1e-6)
+    floor = noise_floor(torch.ones(2, dtype=torch.float64), 0.1, torch.from_numpy(pairs))
+    nats = made(InformationLoss, np.eye(2), weight, floor.numpy(), columns).scores()
+    assert float(nats[0]) > 1000 * float(nats[1])
+
+
+def test_a_floor_for_pairs_agrees_with_the_floor_for_single_outputs():
+    variance, weights = torch.tensor([1.0, 3.0, 8.0]).double(), torch.tensor([1.0, 2.0, 6.0]).double()
+    floor = noise_floor(variance, 0.1, weights.diag())
+    torch.testing.assert_close(floor, noise_floor(variance, 0.1, weights).diag(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("units", "b"), [(40, 1), (16, 3)], ids=["neurons", "heads"])
+@pytest.mark.parametrize("criterion", [InformationLoss, ResidualIncrease])
+def test_waiting_down_dates_give_the_order_of_immediate_ones(criterion, units, b, monkeypatch):
+    covariance, weight, noise, _, columns = problem(units, b, outputs=7, seed=2)
+    orders = []
+    for pending, panel in ((1, 512), (7, 5), (10**6, 512)):
+        monkeypatch.setattr(information, "PENDING", pending)
+        monkeypatch.setattr(information, "PANEL", panel)
+        orders.append(backward_elimination([made(criterion, covariance, weight, noise, columns)], units))
+    for order in orders[1:]:
+        assert order.units == orders[0].units
+        assert order.losses == pytest.approx(orders[0].losses, rel=1e-8, abs=1e-11)
+    gone = list(itertools.accumulate([u] for u in orders[0].units))
+    for before, after, loss in zip([[], *gone], gone, orders[1].losses, strict=False):
+        kept = [columns_of(columns, set(range(units)) - set(some)) for some in (before, after)]
+        if criterion is InformationLoss:
+            first, second = (mutual_information(covariance, weight, noise, some) for some in kept)
+            assert loss == pytest.approx(first - second, abs=1e-8)
+        else:
+            first, second = (residual(covariance, weight, noise, some) for some in kept)
+            assert loss == pytest.approx(second - first, rel=1e-6, abs=1e-8)
+
+
+def test_an_order_that_stops_early_is_the_beginning_of_the_whole_one():
+    covariance, weight, noise, _, columns = problem(12, 2, outputs=5, seed=4)
+    whole, part = (
+        backward_elimination([made(InformationLoss, covariance, weight, noise, columns)], 12, keep) for keep in (1, 7)
+    )
+    assert len(part.units) == 5
+    assert whole.units[:5] == part.units
+    assert whole.losses[:5] == part.losses
+
+
+def test_the_criteria_leave_the_precision_as_it_is():
+    covariance, weight, noise, _, columns = problem(6, 2, outputs=3, seed=4)
+    shared = precision(torch.from_numpy(covariance))
+    before = shared.clone()
+    for criterion in (InformationLoss, ResidualIncrease):
+        backward_elimination([criterion(shared, *tensors(weight, noise, columns))], 6)
+        assert torch.equal(shared, before)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), units=st.integers(2, 7), b=st.integers(1, 2))
+def test_the_first_removal_is_the_best_of_all(seed, units, b):
+    covariance, weight, noise, importance, columns = problem(units, b, outputs=3, seed=seed)
+    subsets = [set(range(units)) - {unit} for unit in range(units)]
+    nats = [mutual_information(covariance, weight, noise, columns_of(columns, left)) for left in subsets]
+    errors = [residual(covariance, weight, importance, columns_of(columns, left)) for left in subsets]
+    first = backward_elimination([made(InformationLoss, covariance, weight, noise, columns)], units, units - 1)
+    second = backward_elimination([made(ResidualIncrease, covariance, weight, importance, columns)], units, units - 1)
+    assert nats[first.units[0]] == pytest.approx(max(nats), abs=1e-9)
+    assert errors[second.units[0]] == pytest.approx(min(errors), abs=1e-9)
+
+
+@pytest.mark.parametrize("criterion", [InformationLoss, ResidualIncrease])
+def test_greedy_removal_finds_the_best_subset_of_every_size_where_units_are_independent(criterion):
+    """Independent units that are read by outputs of their own: what they carry adds up, so greedy is optimal."""
+    generator = np.random.default_rng(1)
+    units, b = 6, 2
+    factors = [generator.normal(size=(b, b + 1)) for _ in range(units)]
+    covariance = np.zeros((units * b, units * b))
+    weight = np.zeros((units, units * b))
+    for unit, factor in enumerate(factors):
+        block = slice(unit * b, unit * b + b)
+        covariance[block, block] = factor @ factor.T
+        weight[unit, block] = generator.normal(size=b)
+    third, columns = generator.uniform(0.5, 2, units), np.arange(units * b).reshape(units, b)
+    order = backward_elimination([made(criterion, covariance, weight, third, columns)], units)
+    for count in range(1, units):
+        kept = set(range(units)) - set(order.units[: units - count])
+
+        def worth(some):
+            index = columns_of(columns, some)
+            if criterion is InformationLoss:
+                return mutual_information(covariance, weight, third, index)
+            return -residual(covariance, weight, third, index)
+
+        assert kept == max(map(set, itertools.combinations(range(units), count)), key=worth)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), units=st.integers(2, 5), b=st.integers(1, 3))
+def test_an_invertible_map_within_a_units_block_changes_nothing(seed, units, b):
+    covariance, weight, noise, importance, columns = problem(units, b, outputs=3, seed=seed)
+    generator = np.random.default_rng(seed + 1)
+    change = np.zeros_like(covariance)
+    for index in columns:
+        change[np.ix_(index, index)] = np.linalg.qr(generator.normal(size=(b, b)))[0] @ np.diag(
+            generator.uniform(0.3, 3, b)
+        )
+    other = change @ covariance @ change.T, weight @ np.linalg.inv(change)
+    for criterion, third in ((InformationLoss, noise), (ResidualIncrease, importance)):
+        first, second = made(criterion, covariance, weight, third, columns), made(criterion, *other, third, columns)
+        for removed in (None, 0):
+            if removed is not None:
+                first.remove(removed)
+                second.remove(removed)
+            torch.testing.assert_close(first.scores()[1:], second.scores()[1:], rtol=1e-6, atol=1e-8)
+
+
+def test_a_vanishing_ridge_gives_the_exact_loss_and_a_large_one_the_norms_of_the_columns():
+    covariance, weight, _noise, _, columns = problem(6, 1, outputs=4, seed=9)
+    exact = made(ResidualIncrease, covariance, weight, np.ones(4), columns).scores()
+    for ridge, tolerance in ((1e-4, 1e-2), (1e-8, 1e-6)):
+        found = made(
+            ResidualIncrease, ridged(torch.from_numpy(covariance), ridge), weight, np.ones(4), columns
+        ).scores()
+        torch.testing.assert_close(found, exact, rtol=tolerance, atol=tolerance)
+    ridge = 1e8
+    found = made(ResidualIncrease, ridged(torch.from_numpy(covariance), ridge), weight, np.ones(4), columns).scores()
+    norms = (weight**2).sum(0)[columns[:, 0]]
+    scaled = found / (ridge * np.diag(covariance).mean())
+    torch.testing.assert_close(scaled, torch.from_numpy(norms), rtol=1e-6, atol=0)

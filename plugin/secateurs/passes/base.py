@@ -50,6 +50,8 @@ class Context:
         describe_attention: the hook `secateurs_describe_attention`.
         progress: called with every step of a long task.
         seed: of everything random.
+        entry: the network as this pass found it, which refit compares with; None where it is `model`.
+        done: the edits from `entry` to `model`.
     """
 
     model: nn.Module
@@ -64,6 +66,8 @@ class Context:
     describe_attention: DescribeAttention | None = None
     progress: Callable[[ProgressEvent], None] = field(default=lambda _: None)
     seed: int = 0
+    entry: nn.Module | None = None
+    done: Plan = field(default_factory=Plan)
 
     @property
     def example(self) -> Dataset:

@@ -21,13 +21,16 @@ from secateurs.groups import Group
 from secateurs.information import Order
 from secateurs.layers import as_weight, weight_matrix
 from secateurs.moments import Moments, PairedMoments
+from secateurs.passes.base import Context
 from secateurs.passes.survey import Survey
+from secateurs.plan import Plan
 from secateurs.prefix import Prefix, Timeline
-from secateurs.refit import solve
+from secateurs.refit import refit, solve
 from secateurs.selection import removed_units
 from secateurs.settings import NodeSettings
+from secateurs.surgery import applied
 
-__all__ = ["Trial", "best_orders", "pruned_alone"]
+__all__ = ["Trial", "best_orders", "divergence_after_refit", "pruned_alone"]
 
 
 Trial = tuple[str, int, str]
@@ -88,6 +91,25 @@ def best_orders(
                 options.append(Option(keep, measured[trial], criterion))
             table[group.root].append(min(options, key=lambda option: option.divergence))
     return table
+
+
+def divergence_after_refit(
+    context: Context, plan: Plan, consumers: Sequence[str], held_out: Dataset, settings: NodeSettings
+) -> float:
+    """Return the divergence of the whole network with `plan` applied and `consumers` refitted, from the network that the pass found.
+
+    Args:
+        context: network and data.
+        plan: removals from `context.model`.
+        consumers: the layers to refit, in order of execution; none for no refit.
+        held_out: examples that the statistics were not gathered on.
+        settings: of the refit.
+    """
+    dense = context.entry or context.model
+    pruned = applied(context.model, plan)
+    refit(pruned, dense, context.done + plan, consumers, context.calibration, ridge=settings.ridge, seed=context.seed)
+    reference = predict(dense, held_out)
+    return kl_divergence(reference, predict(pruned, held_out), unsure_temperature(reference))
 
 
 @contextmanager

@@ -10,15 +10,16 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from secateurs.allocation import Option, allocate, allocate_uniform
+from secateurs.data import Dataset
 from secateurs.errors import RecipeError
 from secateurs.groups import Group, plan_removal
 from secateurs.information import Order
 from secateurs.interfaces import ProgressEvent
 from secateurs.passes.base import Context, Pass, Proposal
-from secateurs.passes.measured import Trial, best_orders
+from secateurs.passes.measured import Trial, best_orders, divergence_after_refit
 from secateurs.passes.survey import Survey, checked_groups, fused_attention, merged
 from secateurs.passes.targets import COSTS, Prices, Rounding
-from secateurs.plan import Plan, SplitAttention
+from secateurs.plan import Plan, RemoveUnits, SplitAttention
 from secateurs.probe import execution_order
 from secateurs.refit import refittable
 from secateurs.report import Skipped
@@ -42,7 +43,6 @@ class NodePass(Pass):
         super().__init__(settings, **options)
         self._step = 0
         self._split = False
-        self._dense: nn.Module | None = None
         self._units: dict[str, int] = {}
         self._known = _Known()
         given = self._given()
@@ -53,7 +53,17 @@ class NodePass(Pass):
     @property
     def open(self) -> bool:
         """Whether no target is given, so that somebody has to choose one (`aimed`)."""
-        return not self._given()
+        return not self._given() and not self.settles
+
+    @property
+    def settles(self) -> bool:
+        """Whether no target is given because the removal orders tell how many units go (`Order.removable`)."""
+        return False
+
+    @property
+    def folds(self) -> int:
+        """Folds of the calibration examples that the removal orders need the statistics of."""
+        return 1
 
     def aimed(self, kind: str, ratio: float) -> Self:
         """Return a fresh pass with the target `target_<kind>: ratio` that shares what was found out about a network.
@@ -89,7 +99,6 @@ class NodePass(Pass):
             why = "its heads can go only with its projections apart"
             return Proposal(Plan(edits=tuple(SplitAttention(module=path, reason=why) for path in fused)))
         self._step += 1
-        self._dense = self._dense or context.model
         self._find_out(context)
         known = self._known
         if known.survey is None:
@@ -97,21 +106,21 @@ class NodePass(Pass):
             return Proposal(Plan(), known.skipped)
         for group in known.survey.groups:
             self._units.setdefault(group.root, group.units)
-        chosen, details = self._allocate(known.survey, context)
-        plan = Plan()
-        for group in known.survey.groups:
-            option = chosen[group.root]
-            units = removed_units(known.orders[group.root][option.criterion].units, group.units, option.keep)
-            if units:
-                share = f"{len(units)} of {group.units} units by {option.criterion}"
-                plan += plan_removal(context.model, group, units, share, plan)
-        pruned = [group for group in known.survey.groups if chosen[group.root].keep < group.units]
+        choices, details = self._allocate(known.survey, context)
+        plans = {name: self._plan(known.survey, chosen, context) for name, chosen in choices.items()}
+        best, compared = self._compare(plans, context)
         return Proposal(
-            plan, known.skipped, consumers=self._consumers(context, pruned), ridge=self.settings.ridge, details=details
+            plans[best],
+            known.skipped,
+            consumers=self._consumers(context, plans[best]),
+            ridge=self.settings.ridge,
+            details={**details, **compared},
         )
 
     def shortfall(self, context: Context) -> str | None:
-        """Return by how much the target is missed, or None if it is met."""
+        """Return by how much the target is missed, or None if it is met or none is given."""
+        if not self._given():
+            return None
         kind, target = self._target()
         if kind == "units":
             return None
@@ -133,15 +142,45 @@ class NodePass(Pass):
         if self._known.model is context.model:
             return
         groups, skipped = checked_groups(context.model, context.example, self.settings, context.describe_attention)
-        survey = Survey(context.model, groups, context.calibration, context.seed) if groups else None
+        survey = Survey(context.model, groups, context.calibration, context.seed, self.folds) if groups else None
         orders = {} if survey is None else self.orders(survey, context)
         self._known.replace(context.model, survey, orders, tuple(skipped))
 
-    def _consumers(self, context: Context, pruned: Sequence[Group]) -> tuple[str, ...]:
+    def _plan(self, survey: Survey, chosen: Mapping[str, Option], context: Context) -> Plan:
+        """Return the removals of an allocation."""
+        plan = Plan()
+        for group in survey.groups:
+            option = chosen[group.root]
+            units = removed_units(self._known.orders[group.root][option.criterion].units, group.units, option.keep)
+            if units:
+                share = f"{len(units)} of {group.units} units by {option.criterion}"
+                plan += plan_removal(context.model, group, units, share, plan)
+        return plan
+
+    def _compare(self, plans: Mapping[str, Plan], context: Context) -> tuple[str, dict[str, Any]]:
+        """Return which plan leaves the network closest to what it was, refitted as a whole; the first one where there is nothing to compare."""
+        distinct = {
+            name: plan for number, (name, plan) in enumerate(plans.items()) if plan not in list(plans.values())[:number]
+        }
+        if len(distinct) == 1:
+            return next(iter(plans)), {}
+        found: dict[str, float] = {}
+        for name, plan in distinct.items():
+            context.progress(ProgressEvent(f"{self.name}: whole networks", len(found) + 1, len(distinct), name))
+            found[name] = divergence_after_refit(
+                context, plan, self._consumers(context, plan), self._held_out(context), self.settings
+            )
+        return min(found, key=lambda name: found[name]), {"whole networks": found}
+
+    def _consumers(self, context: Context, plan: Plan) -> tuple[str, ...]:
         """Return the layers to refit, in order of execution."""
+        assert self._known.survey is not None
+        gone = {edit.root for edit in plan.of(RemoveUnits)}
         if self.settings.refit == "none":
             return ()
-        readers = {member.module for group in pruned for member in group.of("in")}
+        readers = {
+            member.module for group in self._known.survey.groups if group.root in gone for member in group.of("in")
+        }
         order = [
             name
             for name in execution_order(context.model, context.example)
@@ -152,8 +191,11 @@ class NodePass(Pass):
         first = min((order.index(name) for name in readers if name in order), default=len(order))
         return tuple(order[first:])
 
-    def _allocate(self, survey: Survey, context: Context) -> tuple[Mapping[str, Option], dict[str, Any]]:
+    def _allocate(self, survey: Survey, context: Context) -> tuple[dict[str, Mapping[str, Option]], dict[str, Any]]:
+        """Return allocations by name: over all removal orders together, and over each of them alone."""
         settings, orders = self.settings, self._known.orders
+        if self.settles:
+            return {"confidence": self._settled(survey)}, {"allocation": "confidence"}
         kind, target = self._target()
         rounding = Rounding(settings, kind, context)
 
@@ -169,47 +211,81 @@ class NodePass(Pass):
         share = self._step / settings.steps
         if kind == "units":
             target **= share
-            table = self._options({root: [count] for root, count in uniform(target).items()}, context)
-            return {root: options[0] for root, options in table.items()}, {"allocation": "target_units"}
+            tables = self._tables({root: [count] for root, count in uniform(target).items()}, context)
+            return {name: {root: options[0] for root, options in table.items()} for name, table in tables.items()}, {
+                "allocation": "target_units"
+            }
         prices = Prices(context, kind)
         allowed = target * prices.total(context.baseline)
         if share < 1:
-            entry = prices.total(self._dense or context.model)
+            entry = prices.total(context.entry or context.model)
             allowed = entry * min(1.0, allowed / entry) ** share
         apart = [(group, [group]) for group in survey.groups]
         if settings.allocation == "uniform":
             keep = allocate_uniform(prices.of_widths(context.model, apart), uniform, allowed)
-            return {root: Option(count, 0.0, next(iter(orders[root]))) for root, count in keep.items()}, {
+            return {"uniform": {root: Option(count, 0.0, next(iter(orders[root]))) for root, count in keep.items()}}, {
                 "allocation": "uniform",
                 "rounding": rounding.why,
             }
         counts = {group.root: keep_counts(group.units, settings.grid, **widths(group)) for group in survey.groups}
-        table = self._options(counts, context)
         kinds = merged(survey.groups) if settings.uniform else apart
-        summed = {whole.root: _summed([table[group.root] for group in like]) for whole, like in kinds}
-        of_kinds = allocate(prices.of_widths(context.model, kinds), summed, allowed)
-        chosen = {
-            group.root: next(o for o in table[group.root] if o.keep == of_kinds[whole.root].keep)
-            for whole, like in kinds
-            for group in like
-        }
-        return chosen, {"allocation": "measured", "rounding": rounding.why, "divergences": _as_details(table)}
+        cost = prices.of_widths(context.model, kinds)
+        tables = self._tables(counts, context)
 
-    def _options(self, counts: Mapping[str, Sequence[int]], context: Context) -> dict[str, list[Option]]:
-        """Return the best removal order of each group at each width, measured on held-out examples."""
+        def chosen(table: Mapping[str, list[Option]]) -> Mapping[str, Option]:
+            summed = {whole.root: _summed([table[group.root] for group in like]) for whole, like in kinds}
+            of_kinds = allocate(cost, summed, allowed)
+            return {
+                group.root: next(o for o in table[group.root] if o.keep == of_kinds[whole.root].keep)
+                for whole, like in kinds
+                for group in like
+            }
+
+        details = {"allocation": "measured", "rounding": rounding.why, "divergences": _as_details(tables["all"])}
+        return {name: chosen(table) for name, table in tables.items()}, details
+
+    def _settled(self, survey: Survey) -> Mapping[str, Option]:
+        """Return the widths that the orders tell, rounded up; in uniform mode the widest of a kind."""
+        settings, chosen = self.settings, dict[str, Option]()
+        multiple = settings.round_to if isinstance(settings.round_to, int) else 1
+        kinds = merged(survey.groups) if settings.uniform else [(group, [group]) for group in survey.groups]
+        for _, like in kinds:
+            firsts = {group.root: next(iter(self._known.orders[group.root].items())) for group in like}
+            wanted = max(group.units - (firsts[group.root][1].removable or 0) for group in like)
+            rounded = -(-max(wanted, settings.min_units) // multiple) * multiple
+            for group in like:
+                chosen[group.root] = Option(min(group.units, rounded), 0.0, firsts[group.root][0])
+        return chosen
+
+    def _held_out(self, context: Context) -> Dataset:
+        source = context.validation or context.calibration
+        return source.take(range(min(self.settings.held_out, len(source))))
+
+    def _tables(self, counts: Mapping[str, Sequence[int]], context: Context) -> dict[str, dict[str, list[Option]]]:
+        """Return the measured options of each group: of the best removal order at each width (`all`), and of each order alone."""
         known = self._known
         assert known.survey is not None
-        source = context.validation or context.calibration
-        return best_orders(
+        best = best_orders(
             known.survey,
-            self._dense or context.model,
+            context.entry or context.model,
             known.orders,
             counts,
-            source.take(range(min(self.settings.held_out, len(source)))),
+            self._held_out(context),
             self.settings,
             known.measured,
             lambda done, total, word: context.progress(ProgressEvent(f"{self.name}: allocation", done, total, word)),
         )
+        names = list(dict.fromkeys(name for orders in known.orders.values() for name in orders))
+        if not self.settings.compare or len(names) == 1 or any(set(o) != set(names) for o in known.orders.values()):
+            return {"all": best}
+        alone = {
+            name: {
+                root: [Option(keep, known.measured[root, keep, name], name) for keep in widths]
+                for root, widths in counts.items()
+            }
+            for name in names
+        }
+        return {"all": best, **alone}
 
 
 @dataclass
