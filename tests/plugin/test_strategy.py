@@ -123,6 +123,16 @@ def test_the_number_of_trials_of_a_plain_case():
     assert len(seen) <= 20
 
 
+def test_the_steps_of_a_depth_that_pays_grow():
+    """From a best cost of 0.5 down to 0.3 are 20 steps of the resolution; they are taken in 1, 2, 4, 8 and 16, and the last is halved."""
+    grid = np.linspace(1.0, 0.05, 400)
+    world = World([grid.tolist(), (0.6 * grid).tolist()], [(0.1 * (1 - grid)).tolist()] * 2, 0.05)
+    world.costs[1][0] = 0.9  # its blocks alone save little
+    seen = run(world, 0.01)
+    assert cheapest(seen) == pytest.approx(0.3, abs=0.01)
+    assert sum(candidate.blocks == 1 and candidate.target is not None for candidate, _ in seen) <= 9
+
+
 def test_a_depth_that_does_not_pay_is_left_after_two_trials():
     """Its blocks alone are accepted; a step below the best cost is not."""
     grid = np.linspace(1.0, 0.05, 400)
