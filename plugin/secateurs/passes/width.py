@@ -168,7 +168,7 @@ class NodePass(Pass):
         for name, plan in distinct.items():
             context.progress(ProgressEvent(f"{self.name}: whole networks", len(found) + 1, len(distinct), name))
             found[name] = divergence_after_refit(
-                context, plan, self._consumers(context, plan), self._held_out(context), self.settings
+                context, plan, self._consumers(context, plan), self._held_out(context, whole=True), self.settings
             )
         return min(found, key=lambda name: found[name]), {"whole networks": found}
 
@@ -257,9 +257,10 @@ class NodePass(Pass):
                 chosen[group.root] = Option(min(group.units, rounded), 0.0, firsts[group.root][0])
         return chosen
 
-    def _held_out(self, context: Context) -> Dataset:
+    def _held_out(self, context: Context, *, whole: bool = False) -> Dataset:
+        """Return the examples that divergences are measured on: four times as many for the few networks that are compared as a `whole`."""
         source = context.validation or context.calibration
-        return source.take(range(min(self.settings.held_out, len(source))))
+        return source.take(range(min(self.settings.held_out * (4 if whole else 1), len(source))))
 
     def _tables(self, counts: Mapping[str, Sequence[int]], context: Context) -> dict[str, dict[str, list[Option]]]:
         """Return the measured options of each group: of the best removal order at each width (`all`), and of each order alone."""
