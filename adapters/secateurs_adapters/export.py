@@ -91,7 +91,8 @@ class DynamoExporter:
         return artifact
 
     def _write(self, network: nn.Module, traced: Dataset, path: Path, opset: int, output_names: list[str]) -> None:
-        inputs = tensors(traced)
+        # Another layout (images read channels last) would be traced into the graph, as gathers that no device needs.
+        inputs = {name: value.contiguous() for name, value in tensors(traced).items()}
         size = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
         try:
             with _quiet(), torch.no_grad():

@@ -4,14 +4,14 @@ Tracing takes seconds, and a search over widths asks hundreds of times. The netw
 some units of every group removed. What differs between the files, the sizes of constants and the integers in them and in
 attributes, is the figure of the dense file less so many for each unit that goes; the file at any widths follows. Its
 weights are the first entries of the dense ones: right in shape, meaningless in value. A network whose files do not follow
-is exported afresh for all widths that are asked for.
+is refused: to export it for all widths that a search asks for would take hours.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from secateurs.errors import ExportError
 from secateurs.groups import Group, plan_removal
 from secateurs.layers import slice_dimensions
 from secateurs.plan import Plan
@@ -60,11 +61,8 @@ class NarrowedExport:
         example: inputs for the export.
         groups: whose widths vary; of groups that share a layer, each at most once.
 
-    Attributes:
-        exact: whether files are derived; otherwise each one is exported.
-
     Raises:
-        ExportError: the network cannot be exported.
+        ExportError: the network cannot be exported, or its files do not follow from the widths.
     """
 
     def __init__(self, model: nn.Module, example: Dataset, groups: Sequence[Group]) -> None:
@@ -73,7 +71,12 @@ class NarrowedExport:
         self._dense = exported_model(model, example)
         self._sizes: dict[str, list[Share]] = _shares_by_name(model, groups, self._dense)
         self._numbers: dict[str, Share] = {}
-        self.exact = not groups or self._learn()
+        if groups and not self._learn():
+            raise ExportError(
+                "what the exported file looks like at other widths cannot be told from two narrower exports of this network, so that its "
+                "latency and peak memory cannot be predicted; give `target_macs` or `target_parameters` and gate the measured figures by "
+                "`budget`."
+            )
 
     @property
     def roots(self) -> set[str]:
@@ -82,22 +85,6 @@ class NarrowedExport:
 
     def at(self, keep: Mapping[str, int]) -> Any:
         """Return the file, an `onnx.ModelProto`, when `keep[root]` units of each group stay; absent groups keep all."""
-        if not self.exact:
-            return exported_model(self._pruned(keep), self._example)
-        return self._derived(keep)
-
-    def _pruned(self, keep: Mapping[str, int]) -> nn.Module:
-        plan = Plan()
-        for root, group in self._groups.items():
-            gone = group.units - keep.get(root, group.units)
-            if gone:
-                plan += plan_removal(self._model, group, range(gone), "its cost is asked for", plan)
-        return applied(self._model, plan)
-
-    def _gone(self, keep: Mapping[str, int]) -> dict[str, int]:
-        return {root: group.units - keep.get(root, group.units) for root, group in self._groups.items()}
-
-    def _derived(self, keep: Mapping[str, int]) -> Any:
         gone = self._gone(keep)
         model = onnx.ModelProto()
         model.CopyFrom(self._dense)
@@ -113,12 +100,23 @@ class NarrowedExport:
                 write(value - _lost(self._numbers[name], gone))
         return model
 
+    def _pruned(self, keep: Mapping[str, int]) -> nn.Module:
+        plan = Plan()
+        for root, group in self._groups.items():
+            gone = group.units - keep.get(root, group.units)
+            if gone:
+                plan += plan_removal(self._model, group, range(gone), "its cost is asked for", plan)
+        return applied(self._model, plan)
+
+    def _gone(self, keep: Mapping[str, int]) -> dict[str, int]:
+        return {root: group.units - keep.get(root, group.units) for root, group in self._groups.items()}
+
     def _learn(self) -> bool:
         """Find out what depends on which width from two networks with different numbers of units gone; return whether that explains them."""
         widths = [_probe(list(self._groups.values()), turn) for turn in (0, 1)]
         files = [exported_model(self._pruned(keep), self._example) for keep in widths]
         return self._explain_numbers([self._gone(keep) for keep in widths], files) and all(
-            _same_form(self._derived(keep), file) for keep, file in zip(widths, files, strict=True)
+            _same_form(self.at(keep), file) for keep, file in zip(widths, files, strict=True)
         )
 
     def _explain_numbers(self, gone: Sequence[Mapping[str, int]], files: Sequence[Any]) -> bool:
@@ -127,24 +125,30 @@ class NarrowedExport:
         found = [{name: value for name, value, _ in _numbers(file)} for file in files]
         if any(set(values) != set(dense) for values in found):
             return False
+        widths = [share for shares in self._sizes.values() for share in shares if share]
         for name, value in dense.items():
             lost = [value - values[name] for values in found]
             if any(lost):
-                share = _explanation(lost, gone)
+                share = _explanation(lost, gone, widths)
                 if share is None:
                     return False
                 self._numbers[name] = share
         return True
 
 
-def _explanation(lost: Sequence[int], gone: Sequence[Mapping[str, int]]) -> Share | None:
-    """Return the fewest groups whose units, each counted equally often, make up what was lost in every network; None if there are none."""
-    for many in range(1, MOST_GROUPS + 1):
-        for roots in combinations(gone[0], many):
-            sums = [sum(units[root] for root in roots) for units in gone]
-            per = lost[0] // sums[0]
-            if per and all(count == per * units for count, units in zip(lost, sums, strict=True)):
-                return dict.fromkeys(roots, per)
+def _explanation(lost: Sequence[int], gone: Sequence[Mapping[str, int]], widths: Sequence[Share]) -> Share | None:
+    """Return what makes up the loss of an integer in every network: a width of some layer, or else the units of a few groups; None if neither.
+
+    Args:
+        lost: by which the integer fell, per network.
+        gone: units that each network lost, by group.
+        widths: what the layers' widths lose.
+    """
+    alike = (dict.fromkeys(roots, 1) for many in range(1, MOST_GROUPS + 1) for roots in combinations(gone[0], many))
+    for share in chain(widths, alike):
+        per = lost[0] // _lost(share, gone[0])
+        if per and all(count == per * _lost(share, units) for count, units in zip(lost, gone, strict=True)):
+            return {root: per * each for root, each in share.items()}
     return None
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,10 @@ def masks_of(original: nn.Module, plan: Plan, data: Dataset) -> dict[str, tuple[
     masks: dict[str, set[int]] = {}
     bypassed = tuple(path for edit in plan.of(DropBlock) for path in edit.paths)
     with masked(original, {}, bypassed):
-        for edit in plan.of(RemoveUnits):
-            reading = observe_readers(original, data, _produced(original, edit))
+        for number, edit in enumerate(plan.edits):
+            if not isinstance(edit, RemoveUnits):
+                continue
+            reading = observe_readers(original, data, _produced(original, edit, Plan(edits=plan.edits[:number])))
             if reading.reaches_output:
                 raise CertificateError(f"units of {edit.root!r} reach the output of the network")
             if not reading.readers:
@@ -70,13 +73,20 @@ def masks_of(original: nn.Module, plan: Plan, data: Dataset) -> dict[str, tuple[
     return {name: tuple(sorted(channels)) for name, channels in masks.items()}
 
 
-def _produced(original: nn.Module, edit: RemoveUnits) -> dict[str, tuple[int, ...]]:
-    """Return the output channels that an edit takes from layers that mix channels."""
+def _produced(original: nn.Module, edit: RemoveUnits, earlier: Plan) -> dict[str, tuple[int, ...]]:
+    """Return the output channels that an edit takes from layers that mix channels, as the original counts them.
+
+    Args:
+        original: the network before the plan.
+        edit: whose indices refer to what the edits before it leave.
+        earlier: those edits; they may have taken other channels of the same layer.
+    """
     produced = {}
     for piece in edit.slices:
-        layer = original.get_submodule(piece.module)
+        layer: Any = original.get_submodule(piece.module)
         if piece.parameter == "weight" and mixes(layer) and piece.dim == weight_dims(layer)[0]:
-            produced[piece.module] = piece.removed
+            left = earlier.kept(piece.module, piece.parameter, piece.dim, layer.weight.shape[piece.dim])
+            produced[piece.module] = tuple(left[position] for position in piece.removed)
     return produced
 
 

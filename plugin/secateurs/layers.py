@@ -77,6 +77,8 @@ def mixes(layer: nn.Module) -> bool:
 
 def channel_dim(layer: nn.Module, value: Tensor) -> int:
     """Return the axis of a layer's input or output that holds the channels."""
+    if isinstance(layer, nn.PReLU):
+        return min(1, value.ndim - 1)
     spatial = next((axes for kinds, axes in _SPATIAL_AXES if isinstance(layer, kinds)), None)
     if spatial is None or (isinstance(layer, nn.BatchNorm1d) and value.ndim == 2):
         return value.ndim - 1

@@ -105,7 +105,9 @@ class _Recorder:
         dim = channel_dim(layer, value)
         part = value.index_select(dim, index)
         noise = torch.randn(part.shape, dtype=torch.float32, device=value.device).to(value.dtype)
-        disturbed = value.index_copy(dim, index, part + strength * (float(value.abs().max()) + 0.25) * noise)
+        # In place on a copy, which keeps the layout: another one adds up in another order, and every channel behind it would differ a little.
+        disturbed = value.clone()
+        disturbed.index_copy_(dim, index, part + strength * (float(value.abs().max()) + 0.25) * noise)
         return (disturbed, *output[1:]) if isinstance(output, tuple) else disturbed
 
 

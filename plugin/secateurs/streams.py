@@ -175,7 +175,7 @@ def _runs(group: Group) -> list[list[int]]:
     """Return the units in runs of neighbouring channels of the first writer."""
     first = group.members[0].index[:, 0]
     breaks = [number + 1 for number in range(group.units - 1) if first[number + 1] != first[number] + 1]
-    return [list(part) for part in np.split(np.arange(group.units), breaks)]
+    return [part.tolist() for part in np.split(np.arange(group.units), breaks)]
 
 
 def _attribute(model: nn.Module, example: Dataset, group: Group, run: Sequence[int]) -> WidthAttribute | None:
@@ -218,4 +218,4 @@ def _candidates(model: nn.Module, channels: int) -> Iterator[WidthAttribute]:
         if next(module.parameters(recurse=False), None) is None:
             for name, value in vars(module).items():
                 if not name.startswith("_") and type(value) is int:
-                    yield from (WidthAttribute(path, name, per) for per in {1, channels} if value > per)
+                    yield from (WidthAttribute(path, name, per) for per in {1, channels} if value >= per)

@@ -85,6 +85,15 @@ def test_tuples_and_dicts_have_numbered_outputs_and_keywords_are_kept(tmp_path):
         np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
+def test_the_layout_of_the_example_is_not_traced(tmp_path):
+    """Images that lie channels last in memory, as they are read from files."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    pixels = np.random.default_rng(0).standard_normal((4, 6, 6, 3)).astype(np.float32)
+    dynamo(model, Dataset({"x": pixels.transpose(0, 3, 1, 2)}), tmp_path / "m.onnx", opset=20)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+    assert kinds == ["Conv", "ReduceMean", "Reshape", "Gemm"]
+
+
 def test_two_positional_inputs_share_the_batch_and_tokens_work(tmp_path):
     class Tokens(nn.Module):
         def __init__(self):

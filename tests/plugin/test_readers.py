@@ -1,5 +1,6 @@
 """Readers: found by running the network, whatever lies between, and the masked original built from them."""
 
+import numpy as np
 import pytest
 import torch
 from networks import (
@@ -21,6 +22,7 @@ from networks import (
 from torch import nn
 from torch.nn import functional as F
 
+from secateurs.data import Dataset
 from secateurs.layers import channel_dim
 from secateurs.readers import masked, observe_readers
 
@@ -124,6 +126,22 @@ def test_units_of_the_last_layer_reach_the_output(build, make, layer):
     reading = observe_readers(build(), make(4), {layer: (0,)})
     assert reading.reaches_output
     assert dict(reading.readers) == {}
+
+
+def test_the_layout_of_the_input_changes_nothing():
+    """Channels last in memory, as images read from files: a sum in another order would make every channel differ a little."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5)
+    )
+    pixels = np.random.default_rng(0).standard_normal((2, 8, 8, 3)).astype(np.float32)
+    reading = observe_readers(model.eval(), Dataset({"input": pixels.transpose(0, 3, 1, 2)}), {"0": (1,)})
+    assert dict(reading.readers) == {"4": (1,)}
+
+
+def test_watched_layers_are_readers_that_let_a_disturbance_through():
+    reading = observe_readers(residual().eval(), images(4), {"stem": (2,)}, watched=["bn"])
+    assert reading.readers["bn"] == (2,)
+    assert reading.readers["layers.0.conv1"] == (2,)
 
 
 def test_observing_is_seeded_and_leaves_no_trace():
