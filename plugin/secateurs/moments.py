@@ -113,6 +113,15 @@ def unit_columns(layer: nn.Module, channels: Tensor) -> Tensor:
     return (channels[..., None] * size + torch.arange(size)).flatten(1)
 
 
+def _add_products(total: Tensor, y: Tensor, x: Tensor) -> None:
+    """Add the sum over rows of the outer products of `y` and `x`; in float32 the means, which may dwarf the spread, are added in float64."""
+    middle_y, middle_x = y.mean(0), x.mean(0)
+    total += ((y - middle_y).T @ (x - middle_x)).double()
+    sum_y, sum_x = y.sum(0, dtype=torch.float64), x.sum(0, dtype=torch.float64)
+    wide_y, wide_x = middle_y.double(), middle_x.double()
+    total.addmm_(torch.stack((sum_y, wide_y), 1), torch.stack((wide_x, sum_x - len(x) * wide_x)))
+
+
 @dataclass
 class Moments:
     """Running first and second moments of rows `x`, shape `(rows, d)`, in float64."""
@@ -128,10 +137,12 @@ class Moments:
 
     def update(self, x: Tensor) -> None:
         """Add rows."""
+        if not len(x):
+            return
         x = x.float() if x.dtype not in (torch.float32, torch.float64) else x
         self.count += len(x)
         self.sum_x += x.sum(0, dtype=torch.float64)
-        self.sum_xx += (x.T @ x).double()
+        _add_products(self.sum_xx, x, x)
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.count + other.count, self.sum_x + other.sum_x, self.sum_xx + other.sum_xx)
@@ -174,10 +185,12 @@ class PairedMoments:
 
     def update(self, x: Tensor, y: Tensor) -> None:
         """Add paired rows."""
+        if not len(x):
+            return
         x = x.float() if x.dtype not in (torch.float32, torch.float64) else x
         self.x.update(x)
         self.sum_y += y.sum(0, dtype=torch.float64)
-        self.sum_yx += (y.to(x.dtype).T @ x).double()
+        _add_products(self.sum_yx, y.to(x.dtype), x)
 
     @property
     def mean_y(self) -> Tensor:

@@ -146,3 +146,31 @@ def test_positions_are_seeded_and_differ_between_batches():
     one, two = [first.draw(2, 50).tolist() for _ in range(2)]
     assert [one, two] == [second.draw(2, 50).tolist() for _ in range(2)]
     assert one != two
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_means_that_dwarf_the_spread_do_not_cost_the_spread_its_digits(offset):
+    """Sums of squares in float32 would lose a spread of 1 beside a mean of 1000, and leave a covariance that is not positive."""
+    x = (noise(4000, 5) + offset).float()
+    y = x[:, :3] + noise(4000, 3, seed=1)
+    moments = PairedMoments.zeros(5, 3)
+    for part in (slice(0, 64), slice(64, 64), slice(64, 4000)):
+        moments.update(x[part], y[part])
+    exact = np.cov(x.double().numpy().T, bias=True)
+    np.testing.assert_allclose(moments.x.covariance, exact, atol=1e-4)
+    cross = moments.cross - torch.outer(moments.mean_y, moments.x.mean)
+    expected = y.double() - y.double().mean(0)
+    np.testing.assert_allclose(cross, expected.T @ (x.double() - x.double().mean(0)) / 4000, atol=1e-4)
+    assert moments.x.count == 4000
+
+
+def test_moments_of_parts_add_and_subtract():
+    x = noise(90, 4)
+    parts = [Moments.zeros(4) for _ in range(3)]
+    for number, part in enumerate(parts):
+        part.update(x[number::3])
+    whole = parts[0] + parts[1] + parts[2]
+    np.testing.assert_allclose(whole.covariance, np.cov(x.double().numpy().T, bias=True), atol=1e-6)
+    rest = whole - parts[1]
+    assert rest.count == 60
+    np.testing.assert_allclose(rest.mean, torch.cat((x[0::3], x[2::3])).double().mean(0), atol=1e-6)

@@ -96,3 +96,23 @@ def test_the_model_and_the_random_state_are_untouched():
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not model.stem.weight.requires_grad
     assert all(module.training and not module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("build", "make", "names"), CASES.values(), ids=CASES)
+def test_pairs_of_channels_have_single_channels_on_their_diagonal(build, make, names):
+    model, data = build(), make(12)
+    singles, pairs = (output_sensitivity(model, names, data, pairs=flag, batch_size=5) for flag in (False, True))
+    for name in names:
+        matrix = pairs[name]
+        torch.testing.assert_close(matrix.diagonal(), singles[name])
+        torch.testing.assert_close(matrix, matrix.T)
+        assert float(torch.linalg.eigvalsh(matrix)[0]) > -1e-9 * float(matrix.trace())
+
+
+def test_pairs_of_logits_have_the_covariance_of_their_labels():
+    model, data = mlp(), vectors(4000)
+    with torch.no_grad():
+        p = torch.softmax(model(torch.from_numpy(data.inputs["input"])), -1)
+    expected = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(0)
+    found = output_sensitivity(model, ["4"], data, pairs=True)["4"]
+    np.testing.assert_allclose(found, expected, atol=0.1 * float(expected.max()))
