@@ -1,5 +1,7 @@
 """What layer-pruning passes share: budgets, sharing between them, and the layers to refit."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +113,17 @@ def test_passes_that_differ_in_their_budget_share_what_they_found():
     assert Front(target_macs=0.5).aimed(4).settings.target_macs is None
 
 
+def test_copies_share_what_was_found():
+    model, data = residual(3), images(24)
+    Front.asked = 0
+    step = Front(blocks=2)
+    context = Context(model, model, data)
+    first = step.propose(context)
+    assert copy.deepcopy(step).propose(context).plan == first.plan
+    assert Front.asked == 2
+    assert not step.propose(context).plan
+
+
 def test_another_network_is_looked_at_anew():
     first, second, data = encoder(4), encoder(3), sequences(8)
     step = Front()
@@ -122,7 +135,7 @@ def test_another_network_is_looked_at_anew():
 def test_one_budget_is_wanted():
     with pytest.raises(RecipeError, match="got `blocks` and `target_macs`"):
         Front(blocks=2, target_macs=0.5)
-    with pytest.raises(RecipeError, match="no budget; give one of `blocks`, `target_macs`, `target_parameters`"):
+    with pytest.raises(RecipeError, match="no target; give it one of `blocks`, `target_macs`, `target_parameters`"):
         run(Front(), residual(), images(8))
 
 

@@ -299,6 +299,12 @@ class DepthPass(Pass):
         twin._known = self._known
         return twin
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a fresh pass that shares what was measured on a network: a search runs copies of a pass again and again."""
+        twin = type(self)(self.settings)
+        twin._known = self._known
+        return twin
+
     def requires(self, context: Context) -> None:
         """Check for calibration data and a budget."""
         super().requires(context)
