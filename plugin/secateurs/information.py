@@ -27,6 +27,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from secateurs.errors import DataError
+
 __all__ = [
     "Criterion",
     "InformationLoss",
@@ -205,6 +207,9 @@ class _Elimination:
 
         Returns:
             Per unit the factors, shape `(units, b, b)`; $C^T B$ before the step, the same shape; and $C$, shape `(p, b)`.
+
+        Raises:
+            DataError: the matrix is not positive definite.
         """
         if self._pending == len(self._factors):
             self._apply()
@@ -212,7 +217,11 @@ class _Elimination:
         factors, shares = self._factors[:done], self._shares[:, :done]
         own = factors.index_select(1, index)
         rows = torch.addmm(self._base.index_select(0, index), own.T, factors, alpha=-1).mul_(self._present)
-        lower = torch.linalg.cholesky(rows[:, index])
+        lower, failed = torch.linalg.cholesky_ex(rows[:, index])
+        if failed:
+            raise DataError(
+                "the covariance of what a layer reads is not positive definite to rounding; a larger `ridge` makes it so"
+            )
         fresh = torch.linalg.solve_triangular(lower, rows, upper=False)
         share = torch.linalg.solve_triangular(
             lower, (self._maps.index_select(1, index) - shares @ own).T, upper=False

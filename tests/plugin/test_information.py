@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateurs import information
+from secateurs.errors import DataError
 from secateurs.information import (
     InformationLoss,
     ResidualIncrease,
@@ -402,3 +403,11 @@ def test_a_vanishing_ridge_gives_the_exact_loss_and_a_large_one_the_norms_of_the
     norms = (weight**2).sum(0)[columns[:, 0]]
     scaled = found / (ridge * np.diag(covariance).mean())
     torch.testing.assert_close(scaled, torch.from_numpy(norms), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("criterion", [InformationLoss, ResidualIncrease])
+def test_a_matrix_that_is_no_covariance_is_refused(criterion):
+    broken = torch.diag(torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64))
+    made_of_it = criterion(broken, *tensors(np.eye(3), np.ones(3), np.arange(3)[:, None]))
+    with pytest.raises(DataError, match="larger `ridge`"):
+        made_of_it.remove(1)
