@@ -110,6 +110,7 @@ class Group:
         members: every layer that shrinks, producers first.
         attributes: attributes beyond the layers' own widths, for example a number of heads.
         slots: parameters beyond the layers' own weights.
+        observed: whether it was found by watching the network, and is not what the dependency graph says.
     """
 
     root: str
@@ -117,6 +118,7 @@ class Group:
     members: tuple[Member, ...]
     attributes: tuple[WidthAttribute, ...] = ()
     slots: tuple[Slot, ...] = ()
+    observed: bool = False
 
     def of(self, kind: Kind) -> tuple[Member, ...]:
         """Return the members of one kind."""

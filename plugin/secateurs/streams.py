@@ -142,7 +142,7 @@ def _as_group(units: Sequence[Mapping[tuple[str, Kind], Sequence[int]]]) -> Grou
         Member(module, kind, np.array([unit[module, kind] for unit in units], dtype=np.int64))
         for module, kind in units[0]
     )
-    return Group(members[0].module, len(units), members)
+    return Group(members[0].module, len(units), members, observed=True)
 
 
 def _settled(model: nn.Module, example: Dataset, group: Group) -> Group | None:
