@@ -66,6 +66,8 @@ def search(
                 return choice
         return box.cheapest
     starts = [choice for choice in _levels(options) if box.allows(choice)]
+    if not starts:
+        starts = [choice for choice in (_lowered(box, ordered),) if box.allows(choice)]
     best = min((_filled(box, ordered, start) for start in starts), key=_divergence, default=None)
     if best is None:
         return box.cheapest
@@ -92,16 +94,20 @@ class _Box:
         self._least = math.inf
         self.cheapest: Choice = {}
 
-    def allows(self, choice: Choice) -> bool:
-        """Tell whether a choice is allowed; after `EVALUATIONS` costs, what was not asked is not."""
+    def cost(self, choice: Choice) -> float:
+        """Return the cost of a choice; after `EVALUATIONS` of them, what was not asked is infinite."""
         key = tuple(option.keep for option in choice.values())
         if key not in self._known:
             if len(self._known) >= EVALUATIONS:
-                return False
+                return math.inf
             self._known[key] = value = self._cost({root: option.keep for root, option in choice.items()})
             if value < self._least:
                 self._least, self.cheapest = value, choice
-        return self._known[key] <= self._allowed
+        return self._known[key]
+
+    def allows(self, choice: Choice) -> bool:
+        """Tell whether a choice is allowed."""
+        return self.cost(choice) <= self._allowed
 
 
 def _levels(options: Mapping[str, Sequence[Option]]) -> Iterator[Choice]:
@@ -110,6 +116,19 @@ def _levels(options: Mapping[str, Sequence[Option]]) -> Iterator[Choice]:
     most = max(len(found) for found in by_width.values())
     for level in range(most):
         yield {root: found[round(level * (len(found) - 1) / max(most - 1, 1))] for root, found in by_width.items()}
+
+
+def _lowered(box: _Box, ordered: Mapping[str, Sequence[Option]]) -> Choice:
+    """Return the cheapest choice so far with each group in turn at the option that costs least, until it is allowed or none costs less."""
+    choice = box.cheapest
+    improved = True
+    while improved and not box.allows(choice):
+        improved = False
+        for root in ordered:
+            trial = min(({**choice, root: option} for option in ordered[root]), key=box.cost)
+            if box.cost(trial) < box.cost(choice):
+                choice, improved = trial, True
+    return choice
 
 
 def _filled(box: _Box, ordered: Mapping[str, Sequence[Option]], start: Choice, first: str = "") -> Choice:

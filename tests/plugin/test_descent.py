@@ -113,6 +113,19 @@ def test_what_is_not_allowed_at_all_gives_the_cheapest():
     assert {name: option.keep for name, option in choice.items()} == {"a": 2, "b": 4}
 
 
+def test_widths_that_are_allowed_but_not_alike_are_found():
+    """The narrowest of one group and the widest of the other, which no even narrowing reaches."""
+
+    class Crossed(Peak):
+        def __call__(self, keep):
+            return keep["a"] + 100 * (keep["b"] < 16) + sum(keep.values()) / 100
+
+    names = ["a", "b", "c", "d", "e"]
+    options = {name: [Option(16, 0.0), Option(8, 1.0), Option(4, 2.0), Option(2, 3.0)] for name in names}
+    choice = search(Crossed([], 1), options, 5)
+    assert {name: option.keep for name, option in choice.items()} == {"a": 4, "b": 16, "c": 16, "d": 16, "e": 16}
+
+
 def test_groups_that_are_not_at_the_peak_keep_everything():
     cost = Peak([{"a": 4}, {"b": 1}], block=1)
     names = ["a", "b", *(f"other{number}" for number in range(8))]
