@@ -76,7 +76,7 @@ def test_many_are_searched_within_a_factor_and_never_beyond_what_is_allowed(prob
         choice = search(cost, options, allowed)
     best = exact(cost, options, allowed)
     if best is not None and cost({name: option.keep for name, option in choice.items()}) <= allowed:
-        assert sum(option.divergence for option in choice.values()) <= 2 * best + 1e-9
+        assert sum(option.divergence for option in choice.values()) <= 3 * best + 1e-9
     elif best is not None:
         # Only widths that no even narrowing reaches are missed.
         levels = list(descent._levels(options))
