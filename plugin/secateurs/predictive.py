@@ -20,6 +20,7 @@ References:
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,8 +144,8 @@ class _Predictors:
 
     def copy(self) -> _Predictors:
         """Return predictors with the same weights that can be trained on by themselves."""
-        twin = object.__new__(_Predictors)
-        twin.__dict__ = {**self.__dict__, "mask": self.mask.clone(), "_weights": [w.clone() for w in self._weights]}
+        twin = copy.copy(self)
+        twin.mask, twin._weights = self.mask.clone(), [weight.clone() for weight in self._weights]
         return twin
 
     def train(self, epochs: int) -> Tensor:

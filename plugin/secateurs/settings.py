@@ -218,7 +218,8 @@ class MiNodesSettings(NodeSettings):
         None,
         ge=0.5,
         lt=1,
-        description="keep a unit only if surer than this that it carries information; sets the widths where no target is given",
+        description="keep a unit only if surer than this (one-sided Student interval) that it carries information; sets the widths where no "
+        "target is given",
     )
     repeats: int = Field(
         5, ge=2, description="folds of the calibration examples, or trainings of each predictor, behind the confidence"

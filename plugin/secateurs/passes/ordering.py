@@ -37,6 +37,9 @@ from secateurs.settings import MiNodesSettings
 
 __all__ = ["Dropped", "Scoring", "check_trainings", "from_output_to_input", "predicted_order"]
 
+PAPER_CONFIDENCE = 0.95
+"""Confidence of paper mode where a target is given and none in the settings."""
+
 
 class Dropped:
     """Which outputs of the readers are gone, because the groups that they belong to were processed before."""
@@ -260,7 +263,3 @@ def predicted_order(
         keep=settings.min_units,
         seed=seed,
     )
-
-
-PAPER_CONFIDENCE = 0.95
-"""Confidence of paper mode where a target is given and none in the settings."""
