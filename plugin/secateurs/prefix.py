@@ -41,7 +41,8 @@ class Timeline:
         self.example = example
         self._began: dict[str, int] = {}
         self._ended: dict[str, int] = {}
-        self._children = {name: _computing_children(model, name) for name, _ in model.named_modules()}
+        names = {module: name for name, module in model.named_modules()}
+        self._children = {name: _computing_children(module, names) for module, name in names.items()}
         clock = iter(range(1 << 62))
         with inference(model), ExitStack() as stack:
             for name, module in model.named_modules():
@@ -69,16 +70,12 @@ class Timeline:
                 visit(child)
 
         visit("")
-        return found
+        return list(dict.fromkeys(found))
 
 
-def _computing_children(model: nn.Module, name: str) -> list[str]:
-    """Return the children of a module that hold a layer that mixes channels."""
-    return [
-        f"{name}.{child}".lstrip(".")
-        for child, module in model.get_submodule(name).named_children()
-        if any(mixes(part) for part in module.modules())
-    ]
+def _computing_children(module: nn.Module, names: Mapping[nn.Module, str]) -> list[str]:
+    """Return the children that hold a layer that mixes channels; one that is shared goes by its first name."""
+    return [names[child] for child in module.children() if any(mixes(part) for part in child.modules())]
 
 
 class Prefix:

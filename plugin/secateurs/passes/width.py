@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from torch import nn
 
 from secateurs.allocation import Option, allocate, allocate_uniform
+from secateurs.certificate import keep_certified
 from secateurs.data import Dataset
 from secateurs.errors import RecipeError
 from secateurs.groups import Group, plan_removal
@@ -107,7 +108,11 @@ class NodePass(Pass):
         for group in known.survey.groups:
             self._units.setdefault(group.root, group.units)
         choices, details = self._allocate(known.survey, context)
-        plans = {name: self._plan(known.survey, chosen, context) for name, chosen in choices.items()}
+        if len(choices) > 1:
+            self._certify(known.survey, choices.values(), context)
+        plans = {
+            name: self._plan(known.survey, chosen, context, without=known.refused) for name, chosen in choices.items()
+        }
         best, compared = self._compare(plans, context)
         return Proposal(
             plans[best],
@@ -146,16 +151,40 @@ class NodePass(Pass):
         orders = {} if survey is None else self.orders(survey, context)
         self._known.replace(context.model, survey, orders, tuple(skipped))
 
-    def _plan(self, survey: Survey, chosen: Mapping[str, Option], context: Context) -> Plan:
-        """Return the removals of an allocation."""
+    def _plan(
+        self,
+        survey: Survey,
+        chosen: Mapping[str, Option],
+        context: Context,
+        *,
+        only: Collection[str] | None = None,
+        without: Collection[str] = (),
+    ) -> Plan:
+        """Return the removals of an allocation, of some groups or of all."""
         plan = Plan()
         for group in survey.groups:
+            if group.root in without or (only is not None and group.root not in only):
+                continue
             option = chosen[group.root]
             units = removed_units(self._known.orders[group.root][option.criterion].units, group.units, option.keep)
             if units:
                 share = f"{len(units)} of {group.units} units by {option.criterion}"
                 plan += plan_removal(context.model, group, units, share, plan)
         return plan
+
+    def _certify(self, survey: Survey, choices: Iterable[Mapping[str, Option]], context: Context) -> None:
+        """Find out which groups cannot go, before whole networks are built: what no certificate holds for may not even run."""
+        known = self._known
+        for chosen in choices:
+            smaller = {group.root for group in survey.groups if chosen[group.root].keep < group.units}
+            unknown = smaller - known.sound - known.refused
+            if unknown:
+                certified = keep_certified(
+                    context.model, self._plan(survey, chosen, context, only=unknown), context.calibration
+                )
+                known.skipped += certified.vetoed
+                known.sound |= {edit.root for edit in certified.plan.of(RemoveUnits)}
+                known.refused |= unknown - known.sound
 
     def _compare(self, plans: Mapping[str, Plan], context: Context) -> tuple[str, dict[str, Any]]:
         """Return which plan leaves the network closest to what it was, refitted as a whole; the first one where there is nothing to compare."""
@@ -298,6 +327,8 @@ class _Known:
     orders: Mapping[str, Mapping[str, Order]] = field(default_factory=dict)
     skipped: tuple[Skipped, ...] = ()
     measured: dict[Trial, float] = field(default_factory=dict)
+    sound: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
 
     def replace(
         self,
@@ -308,7 +339,7 @@ class _Known:
     ) -> None:
         """Forget the network before, and remember another one."""
         self.model, self.survey, self.orders, self.skipped = model, survey, orders, skipped
-        self.measured = {}
+        self.measured, self.sound, self.refused = {}, set(), set()
 
 
 def _as_details(table: Mapping[str, Sequence[Option]]) -> dict[str, list[dict[str, Any]]]:
