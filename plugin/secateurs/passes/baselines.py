@@ -138,4 +138,6 @@ def _ascending(scores: list[float]) -> Order:
 
 def _is_plain(group: Group) -> bool:
     """Tell whether a unit is one output channel of the group's root, as Torch-Pruning sees it."""
-    return not group.observed and all(member.index.shape[1] == 1 for member in group.of("out") if member.module == group.root)
+    return not group.observed and all(
+        member.index.shape[1] == 1 for member in group.of("out") if member.module == group.root
+    )
