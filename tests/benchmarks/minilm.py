@@ -52,9 +52,9 @@ WIDTH: dict[str, dict[str, Any]] = {
     "magnitude": {"magnitude": {}},
     "magnitude, refitted": {"magnitude": {"refit": "dense"}},
     "taylor, refitted": {"taylor": {"refit": "dense"}},
-    "random units, refitted": {"random": {"refit": "dense"}},
+    "random units, refitted": {"random-nodes": {"refit": "dense"}},
 }
-"""Node passes by what they are called in tables; those that are not registered are left out."""
+"""Node passes by what they are called in tables."""
 TRAINED_WIDTH = {"mi-nodes": SEEDS[:1], "magnitude": SEEDS[:1], "magnitude, refitted": SEEDS[:1]}
 """Seeds of training after node passes, for the first of the shares that are left."""
 GRID = {"grid": 6, "held_out": 128}
@@ -108,7 +108,7 @@ def main() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A row to come: its part, what it is called in tables, its size, its pass, the seeds of training after it, and a second pass."""
+    """A row to come: its part, what it is called in tables, its size, its pass, the seeds of training after it, a second pass, the run's seed."""
 
     part: str
     method: str
@@ -116,6 +116,7 @@ class Job:
     step: Callable[[], Pass]
     seeds: Sequence[int] = ()
     then: Callable[[], Pass] | None = None
+    seed: int = 0
 
     @property
     def name(self) -> str:
@@ -169,11 +170,13 @@ class Bench:
                 yield Job("depth", "random-blocks", f"{size}, seed {seed}", partial(self.built, item), trained)
         for left in LEFT:
             for method in WIDTH:
-                if all(name in self.prepared.manager.registries.passes for name in WIDTH[method]):
-                    seeds = TRAINED_WIDTH.get(method, ()) if left == LEFT[0] else ()
-                    yield Job(
-                        "width", method, f"{left:g} of the encoder", partial(self.width_pass, method, left), seeds
-                    )
+                trained = TRAINED_WIDTH.get(method, ()) if left == LEFT[0] else ()
+                size, step = f"{left:g} of the encoder", partial(self.width_pass, method, left)
+                if "random-nodes" not in WIDTH[method]:
+                    yield Job("width", method, size, step, trained)
+                    continue
+                for seed in SEEDS:
+                    yield Job("width", method, f"{size}, seed {seed}", step, seed=seed)
         first = partial(self.depth_pass, "cka-segment", 1)
         size = f"1 layer gone, {LEFT[1]:g} of the encoder"
         then = partial(self.width_pass, "mi-nodes", LEFT[1])
@@ -215,7 +218,7 @@ class Bench:
         """Return the figures of one list of passes, refitted, and trained once with each seed."""
         passes = [make() for make in (job.step, job.then) if make is not None]
         began, worked = time.perf_counter(), time.process_time()
-        outcome = run_passes(self.session, passes, self.prepared.manager)
+        outcome = run_passes(dataclasses.replace(self.session, seed=job.seed), passes, self.prepared.manager)
         seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
         certificates = [record.certificate for record in outcome.records]
         row: dict[str, Any] = {

@@ -37,9 +37,9 @@ WIDTH: dict[str, dict[str, Any]] = {
     "magnitude": {"magnitude": {}},
     "magnitude, refitted": {"magnitude": {"refit": "dense"}},
     "taylor, refitted": {"taylor": {"refit": "dense"}},
-    "random units, refitted": {"random": {"refit": "dense"}},
+    "random units, refitted": {"random-nodes": {"refit": "dense"}},
 }
-"""Node passes by what they are called in tables; those that are not registered are left out."""
+"""Node passes by what they are called in tables."""
 DEPTH = ("cka-segment", "block-influence", "loss-greedy", "random-blocks")
 COUNTS = (1, 2)
 """Layers removed of 5."""
@@ -92,7 +92,7 @@ def runs(dense: nn.Module, manager: Manager) -> Iterator[dict[str, Any]]:
     for seed in SEEDS:
         texts, held_out = sample(dense, LENGTH, STATISTICS, 100 + seed), sample(dense, LENGTH, HELD_OUT, 200 + seed)
         before = perplexity(dense, held_out)
-        for method, asked, item in items(manager, lambda left: (embedding + left * (whole - embedding)) / whole):
+        for method, asked, item in items(lambda left: (embedding + left * (whole - embedding)) / whole):
             worked = time.process_time()
             result = prune(dense, {"input_ids": texts[:2]}, [{"input_ids": texts}], [item], manager=manager, seed=seed)
             seconds = time.process_time() - worked
@@ -116,13 +116,12 @@ def runs(dense: nn.Module, manager: Manager) -> Iterator[dict[str, Any]]:
             }
 
 
-def items(manager: Manager, target: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def items(target: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield method, size asked for, and pass."""
     for left in LEFT:
         for method, item in WIDTH.items():
             [(name, options)] = item.items()
-            if name in manager.registries.passes:
-                yield method, f"{left:g}", {name: {**options, "target_parameters": target(left)}}
+            yield method, f"{left:g}", {name: {**options, "target_parameters": target(left)}}
     for count in COUNTS:
         for method in DEPTH:
             yield method, f"-{count} layer{'s' * (count > 1)}", {method: {"blocks": count}}

@@ -8,6 +8,7 @@ from scipy import special, stats
 
 from secateurs.intervals import (
     _beta_quantile,
+    _chance_of_at_most,
     _incomplete_beta,
     binomial_interval,
     mcnemar_p_value,
@@ -49,19 +50,44 @@ def test_binomial_interval_of_large_samples(successes, trials):
 
 
 @given(lost=st.integers(0, 60), gained=st.integers(0, 60), same=st.integers(0, 500), confidence=confidences)
-def test_paired_difference_maps_the_interval_of_the_discordant_pairs(lost, gained, same, confidence):
+def test_paired_difference_surrounds_the_drop_and_mirrors(lost, gained, same, confidence):
     trials = lost + gained + same
     if not trials:
         return
     low, high = paired_difference_interval(lost, gained, trials, confidence)
-    assert low <= (lost - gained) / trials <= high
-    if lost + gained:
-        exact = stats.binomtest(lost, lost + gained).proportion_ci(confidence, method="exact")
-        share = (lost + gained) / trials
-        assert (low, high) == pytest.approx(((2 * exact.low - 1) * share, (2 * exact.high - 1) * share), abs=1e-9)
-    else:
-        assert (low, high) == (0.0, 0.0)
-    assert paired_difference_interval(gained, lost, trials, confidence) == pytest.approx((-high, -low), abs=1e-9)
+    assert -1 <= low <= (lost - gained) / trials <= high <= 1
+    assert paired_difference_interval(gained, lost, trials, confidence) == pytest.approx((-high, -low), abs=1e-6)
+    if lost == gained:
+        assert low < 0 < high, "no number of examples proves that nothing is ever lost"
+
+
+@pytest.mark.parametrize(("trials", "confidence"), [(5, 0.8), (12, 0.95), (20, 0.9)])
+def test_paired_difference_holds_at_least_as_often_as_it_says(trials, confidence):
+    """By the exact chance of every outcome, for losses and gains of every likelihood."""
+    outcomes = [(lost, gained) for lost in range(trials + 1) for gained in range(trials + 1 - lost)]
+    ends = np.array([paired_difference_interval(*outcome, trials, confidence) for outcome in outcomes])
+    counts = np.array([(lost, gained, trials - lost - gained) for lost, gained in outcomes])
+    for p_lost, p_gained in [(0, 0), (0.01, 0), (0.05, 0.05), (0.2, 0.1), (0.1, 0.4), (0.5, 0.5), (0.33, 0.33), (0.9, 0)]:
+        chances = stats.multinomial.pmf(counts, trials, [p_lost, p_gained, 1 - p_lost - p_gained])
+        drop = p_lost - p_gained
+        for missed in (ends[:, 0] > drop + 1e-7, ends[:, 1] < drop - 1e-7):
+            assert chances[missed].sum() <= (1 - confidence) / 2, (p_lost, p_gained)
+
+
+@pytest.mark.parametrize(("lost", "gained", "trials"), [(60, 40, 1_000), (600, 550, 10_000), (30_000, 29_000, 1_000_000)])
+def test_paired_difference_is_near_the_normal_interval_of_many_pairs(lost, gained, trials):
+    low, high = paired_difference_interval(lost, gained, trials)
+    drop, half = (lost - gained) / trials, 1.96 * np.sqrt(lost + gained - (lost - gained) ** 2 / trials) / trials
+    assert half < high - drop < 1.25 * half
+    assert half < drop - low < 1.25 * half
+
+
+@given(st.integers(1, 40), st.floats(0, 1), st.floats(0, 1), st.data())
+def test_the_chance_of_a_net_loss_is_the_trinomial_one(trials, share, part, data):
+    drop, net = share * (2 * part - 1), data.draw(st.integers(-trials, trials))
+    pairs = np.arange(trials + 1)
+    expected = (stats.binom.pmf(pairs, trials, share) * stats.binom.cdf((pairs + net) // 2, pairs, part)).sum()
+    assert _chance_of_at_most(net, trials, drop, np.array([share])) == pytest.approx([expected], abs=1e-9)
 
 
 @given(lost=st.integers(0, 300), gained=st.integers(0, 300))
