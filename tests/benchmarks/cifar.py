@@ -4,11 +4,13 @@
 
 Every row runs the recipe `examples/cifar_resnet.yaml` with another pass, through the code that `secateurs run` uses. The first rows differ in
 nothing but the order in which units go (and `mi-nodes` in that it chooses between orders); the last show what refit and allocation are worth.
+The file is written after each row, and rows that are in it already are kept: delete it to measure everything anew. A plot is written beside it.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import sys
 import tempfile
@@ -54,13 +56,15 @@ IMAGES = {
     "jpeg": ("cifar10_jpeg_train10k.npz", "cifar10_jpeg_test.npz", "weights_resnet{depth}_cifar10_jpegft.safetensors"),
 }
 """Where images to calibrate on, images to report on and weights come from."""
+KEY = ("images", "depth", "method", "target", "seed", "epochs")
+"""What tells rows apart."""
 PROTOCOL = (
     "Recipe examples/cifar_resnet.yaml with one pass per row. Lossless: 1,024 calibration images of cifar10_lossless_train4k, validation cut "
     "from the same file, counts and KL(dense || pruned) in nats per image on the 1,000 images of cifar10_lossless_test1k. JPEG: the same with "
     "the weights tuned on JPEG images, calibration from cifar10_jpeg_train10k and the 10,000 images of cifar10_jpeg_test; the two sets are "
     "not comparable with each other. Rows of `random` with 3 seeds on the lossless images. `mi_nodes`: images lost and gained by mi-nodes "
     "against the row, with McNemar's exact two-sided p. Latency: the exported file on onnxruntime's CPU provider beside the dense one, one "
-    "thread, ABBA in fresh processes, one model at a time after all rows are done. Trained rows: the same epochs of distillation for all, "
+    "thread, ABBA in fresh processes. Trained rows: the same epochs of distillation for all, "
     "dense network included. Seconds are of the passes, while other rows ran beside."
 )
 
@@ -92,36 +96,43 @@ def main() -> int:
         for method in given.methods
         for seed in range(given.seeds if method == "random" and images == "lossless" else 1)
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        for number, task in enumerate(tasks):
-            task["onnx"] = (
-                str(Path(folder) / f"{number}.onnx") if given.latency and task["images"] == "lossless" else ""
-            )
-        with ProcessPoolExecutor(given.workers, get_context("spawn")) as pool:
-            rows = []
-            for row in pool.map(run, tasks):
-                sys.stdout.write(line(row) + "\n")
-                sys.stdout.flush()
-                rows.append(row)
-        for row in rows:
-            row |= latency(row.pop("onnx"))
-    for row in rows:
-        row |= against(row, rows)
-    body = {
+    rows: list[dict[str, Any]] = []
+    if given.output.exists():
+        rows = json.loads(given.output.read_text(encoding="utf-8"))["rows"]
+    known = {tuple(row[name] for name in KEY) for row in rows}
+    missing = [task for task in tasks if tuple(task[name] for name in KEY) not in known]
+    body: dict[str, Any] = {
         "benchmark": "cifar",
         "protocol": PROTOCOL,
         "machine": machine(),
         "versions": versions("torch", "numpy", "torch-pruning", "onnxruntime"),
         "depth": given.depth,
         "epochs": given.epochs,
-        "rows": rows,
-        "summary": summary(rows),
     }
-    write(given.output, body)
-    draw(body, given.output.with_suffix(".png"))
-    for text in body["summary"]:
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(given.workers, get_context("spawn")) as pool:
+        for number, task in enumerate(missing):
+            task["onnx"] = (
+                str(Path(folder) / f"{number}.onnx") if given.latency and task["images"] == "lossless" else ""
+            )
+        for row in pool.map(run, missing):
+            rows.append(row | latency(row.pop("onnx")))
+            sys.stdout.write(line(row) + "\n")
+            sys.stdout.flush()
+            write(given.output, finished(body, rows))
+    write(given.output, finished(body, rows))
+    draw(finished(body, rows), given.output.with_suffix(".png"))
+    for text in summary(rows):
         sys.stdout.write(text + "\n")
     return 0
+
+
+def finished(body: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the content of the file: every row compared with `mi-nodes`, and in words where that stands."""
+    order = list(METHODS)
+    rows.sort(key=lambda row: (row["images"] != "lossless", -row["target"], order.index(row["method"]), row["seed"]))
+    for row in rows:
+        row |= against(row, rows)
+    return {**body, "rows": rows, "summary": summary(rows)}
 
 
 def run(task: dict[str, Any]) -> dict[str, Any]:

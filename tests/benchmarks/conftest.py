@@ -3,8 +3,11 @@
 collect_ignore = [
     "measuring.py",
     "cka_sweep.py",
-    "cifar_allocation.py",
+    "cifar.py",
     "group_enumeration.py",
     "depth.py",
     "selection_speed.py",
+    "minilm.py",
+    "stories260k.py",
+    "frontier.py",
 ]

@@ -108,7 +108,7 @@ def main() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A row to come: its part, what it is called in tables, its size, its pass, the seeds of training after it, a second pass, the run's seed."""
+    """A row to come: part, what it is called in tables, size, pass, seeds of training after it, a second pass, the run's seed."""
 
     part: str
     method: str
