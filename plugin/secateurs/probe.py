@@ -70,6 +70,7 @@ def sweep(
     *,
     batch_size: int = 64,
     stop_after: str | None = None,
+    before_batch: Callable[[Dataset], None] | None = None,
     after_batch: Callable[[Dataset, Any], None] | None = None,
     drop_last: bool = False,
 ) -> None:
@@ -81,11 +82,14 @@ def sweep(
         taps: module name to tap.
         batch_size: examples per forward pass.
         stop_after: end each forward pass after this module.
+        before_batch: called before each forward pass with the batch.
         after_batch: called after each batch with the batch and the network's output (None if the pass was cut short).
         drop_last: leave out a last, smaller batch.
     """
     with inference(model), tapped(model, taps, stop_after=stop_after):
         for batch in data.batches(batch_size, drop_last=drop_last):
+            if before_batch is not None:
+                before_batch(batch)
             try:
                 output = call(model, batch)
             except _Enough:

@@ -86,18 +86,28 @@ def _compared(
     model: nn.Module, names: list[str], data: Dataset, batch_size: int, estimator: Estimator
 ) -> CkaAccumulator:
     accumulator = CkaAccumulator(names, estimator)
-    for batch in data.batches(batch_size):
-        taps = {name: _pooling(accumulator.tap(name), batch) for name in names}
-        sweep(model, batch, taps, batch_size=batch_size, after_batch=accumulator.end_batch)
+    masks: dict[tuple[int, ...], Tensor] = {}
+
+    def begin(batch: Dataset) -> None:
+        masks.clear()
+        masks.update(_masks(batch))
+
+    taps = {name: _pooling(accumulator.tap(name), masks) for name in names}
+    sweep(model, data, taps, batch_size=batch_size, before_batch=begin, after_batch=accumulator.end_batch)
     return accumulator
 
 
-def _pooling(tap: Tap, batch: Dataset) -> Tap:
-    """Return a tap that gets one row per sequence where outputs are tokens: positions of a mask, or else of an integer input."""
-    masks = {} if batch.tokens is None else {batch.tokens.shape: torch.from_numpy(batch.tokens)}
+def _masks(batch: Dataset) -> dict[tuple[int, ...], Tensor]:
+    """Return which positions are tokens, by shape: of a mask, or else all of an integer input."""
+    masks = {} if batch.tokens is None else {tuple(batch.tokens.shape): torch.from_numpy(batch.tokens)}
     for array in batch.inputs.values():
         if array.ndim == 2 and array.dtype.kind in "iu":
-            masks.setdefault(array.shape, torch.ones(array.shape, dtype=torch.bool))
+            masks.setdefault(tuple(array.shape), torch.ones(array.shape, dtype=torch.bool))
+    return masks
+
+
+def _pooling(tap: Tap, masks: Mapping[tuple[int, ...], Tensor]) -> Tap:
+    """Return a tap that gets one row per sequence where outputs are tokens by the masks of the batch."""
 
     def pooled_tap(inputs: Tensor, outputs: Tensor) -> None:
         tokens = masks.get(tuple(outputs.shape[:2])) if outputs.ndim == 3 else None
