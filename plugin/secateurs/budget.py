@@ -73,7 +73,7 @@ def judge(budget: Budget, candidate: Side, ratios: Ratios) -> list[BudgetRow]:
     if not candidate.targets:
         rows += _target_rows(budget, None, None, TargetRatios())
     for figures, target_ratios in zip(candidate.targets, ratios.targets, strict=True):
-        rows += _target_rows(budget, f"{figures.provider} batch {figures.batch_size}", figures, target_ratios)
+        rows += _target_rows(budget, figures.label, figures, target_ratios)
     return [row for row in rows if row is not None]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,6 @@ __all__ = [
     "frozen_randomness",
     "ignores_padding",
     "inference",
-    "kl_divergence",
     "logits",
     "modules_of",
     "output_tensors",
@@ -135,43 +133,6 @@ def ignores_padding(model: nn.Module, data: Dataset) -> bool:
         except (RuntimeError, ValueError, IndexError, TypeError):  # a network of fixed length
             return False
     return cut.shape == whole.shape and float((cut - whole).abs().max()) <= PADDING_TOLERANCE * float(whole.abs().max())
-
-
-def kl_divergence(reference: Tensor, candidate: Tensor, temperature: float = 1.0) -> float:
-    r"""Return the mean over examples of $T^2\,\mathrm{KL}(\mathrm{softmax}(r/T)\,\|\,\mathrm{softmax}(c/T))$, in nats.
-
-    Args:
-        reference: logits $r$, classes on the last axis.
-        candidate: logits $c$, same shape.
-        temperature: $T$; the factor keeps small differences comparable (Hinton et al. 2015).
-
-    Returns:
-        Infinity where a logit of the candidate is not finite, so that a broken network is never preferred.
-    """
-    p = torch.log_softmax(reference.double() / temperature, -1)
-    q = torch.log_softmax(candidate.double() / temperature, -1)
-    value = temperature**2 * float((p.exp() * (p - q)).sum(-1).mean())
-    return value if value == value else float("inf")
-
-
-def unsure_temperature(reference: Tensor, *, share: float = 0.2, highest: float = 16.0) -> float:
-    r"""Return the least power of two at which the mean entropy of $\mathrm{softmax}(r/T)$ is a share of its maximum.
-
-    A network is nearly certain on examples that it has learned by heart, and a divergence at $T = 1$ then sees little but its few doubts: on
-    CIFAR-10 it undervalues what pruning early layers does to new images five times as much as what pruning late layers does.
-
-    Args:
-        reference: logits $r$, classes on the last axis.
-        share: of the logarithm of the number of classes.
-        highest: where the search ends.
-    """
-    temperature, most = 1.0, math.log(max(reference.shape[-1], 2))
-    while temperature < highest:
-        p = torch.log_softmax(reference.double() / temperature, -1)
-        if float(-(p.exp() * p).sum(-1).mean()) >= share * most:
-            break
-        temperature *= 2
-    return temperature
 
 
 def trimming(model: nn.Module, roles: Roles) -> Roles:

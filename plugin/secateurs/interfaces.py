@@ -55,6 +55,8 @@ class Artifact:
         sha256: hash of each file, by name.
         exporter: which exporter wrote it; empty for a file that was given.
         parity: agreement with the torch network, where there was one.
+        ir_version: of the ONNX format; 0 where it is not known.
+        notes: what has to be said about the file, for the report.
     """
 
     path: Path
@@ -67,6 +69,8 @@ class Artifact:
     sha256: Mapping[str, str]
     exporter: str = ""
     parity: Parity | None = None
+    ir_version: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,14 @@ class Measurement:
         candidate: figures of the candidate file.
         ratios: candidate over baseline.
         violations: reasons why no claim about this target can stand, for example a silent provider fallback.
+        notes: what the report has to say beside the figures, for example why one is missing.
     """
 
     baseline: TargetFigures
     candidate: TargetFigures
     ratios: TargetRatios
     violations: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from secateurs.blocks import Describe
 from secateurs.certificate import keep_certified
 from secateurs.data import Dataset, Roles
 from secateurs.errors import DataError, SecateursError
-from secateurs.forward import kl_divergence, predict
+from secateurs.forward import predict
 from secateurs.interfaces import CostModel, ProgressEvent, WidthMultiple
 from secateurs.manager import Manager
+from secateurs.outputs import kl_divergence
 from secateurs.passes.base import Context, Pass, Proposal
 from secateurs.plan import Plan
 from secateurs.recalibration import recalibrate

@@ -99,6 +99,7 @@ def prove(
         ratios=ratios,
         parity=candidate.parity,
         budget=rows,
+        notes=list(dict.fromkeys(note for one in found for note in one.notes)),
         environment=environment(seed, targets[0][1].threads if targets else 1),
     )
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from secateurs.data import Dataset
-from secateurs.forward import call, kl_divergence, predict
+from secateurs.forward import call, predict
+from secateurs.outputs import kl_divergence
 
 __all__ = ["estimate_statistics", "recalibrate"]
 

@@ -15,20 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from secateurs import processes, training_state
 from secateurs.data import Dataset
 from secateurs.errors import RecipeError, SecateursError
 from secateurs.forward import call, device_of, inference, logits
 from secateurs.loops import Loop, check_loop, open_loop
+from secateurs.outputs import IGNORED, label_loss, prediction_rows, soft_loss
 from secateurs.settings import RecoverySettings
 from secateurs.training_state import TrainingState
 
 __all__ = ["check_settings", "train"]
 
-IGNORED = -100
-"""The label that PyTorch's cross entropy leaves out."""
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -248,25 +246,18 @@ def _loss(
     """Return the share of `batch` in the mean loss over `whole`; without one, the mean over the batch."""
     whole = whole or batch
     prediction = logits(call(model, batch))
-    flat = prediction.reshape(-1, prediction.shape[-1])
+    flat = prediction_rows(prediction)
     if flat.dtype in (torch.float16, torch.bfloat16):
         flat = flat.float()
     terms: list[Tensor] = []
     if batch.labels is not None and whole.labels is not None:
-        labels = torch.as_tensor(batch.labels, device=flat.device).reshape(-1)
         counted = max(1, int((whole.labels != IGNORED).sum()))
-        terms.append(F.cross_entropy(flat, labels, ignore_index=IGNORED, reduction="sum") / counted)
+        terms.append(label_loss(flat, torch.as_tensor(batch.labels, device=flat.device)) / counted)
     if teacher is not None:
         with inference(teacher):
-            target = logits(call(teacher, batch)).reshape(-1, prediction.shape[-1])
-        temperature = settings.temperature
-        rows = F.kl_div(
-            F.log_softmax(flat / temperature, -1),
-            F.log_softmax(target.to(flat) / temperature, -1),
-            log_target=True,
-            reduction="none",
-        ).sum(-1)
-        terms.append(temperature**2 * _mean(rows, prediction.shape[:-1], batch, whole))
+            target = prediction_rows(logits(call(teacher, batch)))
+        rows = soft_loss(flat, target, settings.temperature)
+        terms.append(_mean(rows, prediction.shape[:-1], batch, whole))
     return torch.stack(terms).mean()
 
 

@@ -91,22 +91,54 @@ class Accuracy(_Form):
 
 
 class Latency(_Form):
-    """Milliseconds per batch; a percentile is null where there are too few runs for it."""
+    """Milliseconds per batch; a percentile is null where there are too few runs for it.
+
+    Attributes:
+        p50: median over the runs of all processes.
+        p95: from 40 runs on.
+        p99: from 200 runs on.
+        n: runs.
+        cv: standard deviation of the runs over their mean: the noise.
+        processes: fresh processes that made the runs.
+        p50_ci95: Student's interval of the geometric mean of the processes' medians.
+    """
 
     p50: float
     p95: float | None = None
     p99: float | None = None
     n: int
     cv: float
+    processes: int | None = None
+    p50_ci95: tuple[float, float] | None = None
 
 
 class TargetFigures(_Form):
-    """What was measured of one file on one target."""
+    """What was measured of one file on one target.
+
+    Attributes:
+        provider: the execution provider asked for.
+        provider_obtained: the one that took most of the time.
+        threads: intra-op threads.
+        batch_size: examples per run.
+        sequence_length: size of dynamic axes other than the batch; null where it was not asked for.
+        latency_ms: of a run.
+        session_ms: median time to create a session.
+        first_run_ms: median time of a session's first run.
+        peak_memory_bytes: peak of anonymous memory over a one-node model's.
+        resident_memory_bytes: the same of the resident set.
+        activation_bytes_planned: peak of the arena, predicted from the graph.
+        activation_bytes_profiled: peak of the arena, counted by onnxruntime.
+        fits_bytes: smallest memory limit under which the file still runs.
+        nodes_per_provider: nodes of the optimised graph on each provider.
+        time_per_provider: share of the nodes' time on each provider.
+        accuracy: of this file on this target.
+    """
 
     provider: str
     provider_obtained: str | None = None
     threads: int
     batch_size: int
+    sequence_length: int | None = None
     latency_ms: Latency | None = None
     session_ms: float | None = None
     first_run_ms: float | None = None
@@ -116,7 +148,15 @@ class TargetFigures(_Form):
     activation_bytes_profiled: int | None = None
     fits_bytes: int | None = None
     nodes_per_provider: dict[str, int] | None = None
+    time_per_provider: dict[str, float] | None = None
     accuracy: Accuracy | None = None
+
+    @property
+    def label(self) -> str:
+        """Name of the target: budget rows and tables go by it."""
+        length = "" if self.sequence_length is None else f" length {self.sequence_length}"
+        threads = "" if self.threads == 1 else f" threads {self.threads}"
+        return f"{self.provider} batch {self.batch_size}{length}{threads}"
 
 
 class Side(_Form):
@@ -152,6 +192,7 @@ class TargetRatios(_Form):
     accuracy_drop: Estimate | None = None
     accuracy_pairs: Pairs | None = None
     agreement: float | None = None
+    agreement_per_output: dict[str, float] | None = None
 
 
 class Ratios(_Form):
@@ -220,12 +261,21 @@ class Trial(_Form):
 
 
 class Parity(_Form):
-    """Agreement of the exported file with the torch network."""
+    """Agreement of the exported file with the torch network.
+
+    Attributes:
+        max_abs: largest absolute difference of any output.
+        max_rel: the same as a share of the output's largest absolute value.
+        tolerance: the share that was allowed.
+        batch_sizes: where they were compared.
+        sequence_lengths: the length at each of these sizes; empty where the example's was kept.
+    """
 
     max_abs: float
     max_rel: float
     tolerance: float
     batch_sizes: list[int]
+    sequence_lengths: list[int] = Field(default_factory=list)
 
 
 class BudgetRow(_Form):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from secateurs.data import Dataset
 from secateurs.forward import call, frozen_randomness, logits
 from secateurs.layers import channel_dim, widths_of
+from secateurs.outputs import prediction_rows, sampled_loss
 
 __all__ = ["output_sensitivity"]
 
@@ -60,9 +61,7 @@ def output_sensitivity(
     with torch.enable_grad(), frozen_randomness(seed):
         for batch in data.longest_first().batches(batch_size):
             prediction = logits(call(twin, batch))
-            rows = prediction.reshape(-1, prediction.shape[-1])
-            labels = torch.distributions.Categorical(logits=rows.detach()).sample()
-            loss = torch.nn.functional.cross_entropy(rows, labels, reduction="sum")
+            loss = sampled_loss(prediction_rows(prediction))
             gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
             for name, gradient in zip(outputs, gradients, strict=True):
                 if gradient is None:

@@ -313,6 +313,9 @@ class TargetSettings(PassSettings):
     provider: str = Field("CPUExecutionProvider", description="a registered target, named after its execution provider")
     threads: int = Field(1, ge=1, description="intra-op threads")
     batch_size: int = Field(1, ge=1, description="examples per run")
+    sequence_length: int | None = Field(
+        None, ge=1, description="size of dynamic axes other than the batch in seeded inputs; None takes 16"
+    )
     processes: int = Field(5, ge=5, description="fresh processes for latency; each holds both sessions")
     max_processes: int = Field(
         15, ge=5, description="latency takes more processes, up to this, while a verdict is undecided"
@@ -321,3 +324,15 @@ class TargetSettings(PassSettings):
     warmup: int = Field(20, ge=1, description="unmeasured runs per session")
     memory_repeats: int = Field(3, ge=1, description="fresh processes per file for memory")
     options: dict[str, Any] = Field(default_factory=dict, description="provider options, passed to onnxruntime")
+    allow_elsewhere: Fraction = Field(
+        0.0, description="share of a run's time that may pass on other providers before the verdict fails"
+    )
+
+    @field_validator("options")
+    @classmethod
+    def _plain(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Refuse what onnxruntime cannot be passed: its options are pairs of text."""
+        wrong = [name for name, option in value.items() if not isinstance(option, str | int | float)]
+        if wrong:
+            raise ValueError(f"provider options are text, numbers or true and false; {', '.join(wrong)} is not")
+        return value

@@ -68,9 +68,10 @@ def trial_rows(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
 def _target_rows(
     before: TargetFigures, after: TargetFigures, ratios: TargetRatios, budget: dict[tuple[str, str | None], BudgetRow]
 ) -> list[FigureRow | None]:
-    label = f"{before.provider} batch {before.batch_size}"
+    label = before.label
     where = f"{before.provider.removesuffix('ExecutionProvider')}, batch {before.batch_size}, {before.threads} thread"
     where += "s" if before.threads > 1 else ""
+    where += "" if before.sequence_length is None else f", length {before.sequence_length}"
     accuracy = latency = None
     if before.accuracy is not None and after.accuracy is not None:
         row = budget.get(("accuracy_drop", label))

@@ -27,9 +27,10 @@ from torch import nn
 
 from secateurs import cost, runner
 from secateurs.data import Dataset
-from secateurs.forward import kl_divergence, predict
+from secateurs.forward import predict
 from secateurs.intervals import mcnemar_p_value, paired_difference_interval
 from secateurs.manager import create_manager
+from secateurs.outputs import kl_divergence
 from secateurs.pipeline import recover
 from secateurs.recipe import load_recipe, parse_pass
 from secateurs.settings import RecoverySettings, TargetSettings

@@ -22,9 +22,10 @@ import torch
 from measuring import DATA, ROOT, arguments, machine, versions, write
 
 from secateurs import cost
-from secateurs.forward import kl_divergence, predict
+from secateurs.forward import predict
 from secateurs.intervals import mcnemar_p_value, paired_difference_interval
 from secateurs.manager import create_manager
+from secateurs.outputs import kl_divergence
 from secateurs.passes.base import Context, Pass, Proposal
 from secateurs.passes.cka_cluster import CkaCluster
 from secateurs.passes.depth import DepthPass, block_similarity, layers_after, live_blocks

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from secateurs import cost
 from secateurs.data import Dataset
-from secateurs.forward import kl_divergence, predict
+from secateurs.forward import predict
 from secateurs.intervals import mcnemar_p_value, paired_difference_interval
 from secateurs.manager import create_manager
+from secateurs.outputs import kl_divergence
 from secateurs.passes.base import Pass
 from secateurs.passes.depth import DepthPass, block_similarity, live_blocks
 from secateurs.passes.width import NodePass

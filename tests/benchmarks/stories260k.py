@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from secateurs import cost
 from secateurs.data import Dataset
 from secateurs.manager import Manager, create_manager
-from secateurs.pipeline import prune
+from secateurs.script import prune
 
 sys.path.insert(0, str(ROOT / "tests" / "architectures"))
 

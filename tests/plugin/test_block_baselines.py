@@ -8,7 +8,8 @@ from torch import nn
 
 from secateurs.blocks import Block
 from secateurs.data import Dataset
-from secateurs.forward import kl_divergence, predict
+from secateurs.forward import predict
+from secateurs.outputs import kl_divergence
 from secateurs.passes.base import Context
 from secateurs.passes.block_baselines import BlockInfluence, LossGreedy, block_influence
 from secateurs.passes.depth import live_blocks

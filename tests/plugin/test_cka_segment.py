@@ -10,7 +10,8 @@ from torch import nn
 
 from secateurs import prune
 from secateurs.errors import RecipeError
-from secateurs.forward import kl_divergence, predict, tensors, unsure_temperature
+from secateurs.forward import predict, tensors
+from secateurs.outputs import kl_divergence, unsure_temperature
 from secateurs.passes.base import Context
 from secateurs.passes.cka_segment import CkaSegment, segments_of
 from secateurs.passes.depth import Similarity, cka_matrix, live_blocks

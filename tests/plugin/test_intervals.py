@@ -67,14 +67,25 @@ def test_paired_difference_holds_at_least_as_often_as_it_says(trials, confidence
     outcomes = [(lost, gained) for lost in range(trials + 1) for gained in range(trials + 1 - lost)]
     ends = np.array([paired_difference_interval(*outcome, trials, confidence) for outcome in outcomes])
     counts = np.array([(lost, gained, trials - lost - gained) for lost, gained in outcomes])
-    for p_lost, p_gained in [(0, 0), (0.01, 0), (0.05, 0.05), (0.2, 0.1), (0.1, 0.4), (0.5, 0.5), (0.33, 0.33), (0.9, 0)]:
+    for p_lost, p_gained in [
+        (0, 0),
+        (0.01, 0),
+        (0.05, 0.05),
+        (0.2, 0.1),
+        (0.1, 0.4),
+        (0.5, 0.5),
+        (0.33, 0.33),
+        (0.9, 0),
+    ]:
         chances = stats.multinomial.pmf(counts, trials, [p_lost, p_gained, 1 - p_lost - p_gained])
         drop = p_lost - p_gained
         for missed in (ends[:, 0] > drop + 1e-7, ends[:, 1] < drop - 1e-7):
             assert chances[missed].sum() <= (1 - confidence) / 2, (p_lost, p_gained)
 
 
-@pytest.mark.parametrize(("lost", "gained", "trials"), [(60, 40, 1_000), (600, 550, 10_000), (30_000, 29_000, 1_000_000)])
+@pytest.mark.parametrize(
+    ("lost", "gained", "trials"), [(60, 40, 1_000), (600, 550, 10_000), (30_000, 29_000, 1_000_000)]
+)
 def test_paired_difference_is_near_the_normal_interval_of_many_pairs(lost, gained, trials):
     low, high = paired_difference_interval(lost, gained, trials)
     drop, half = (lost - gained) / trials, 1.96 * np.sqrt(lost + gained - (lost - gained) ** 2 / trials) / trials

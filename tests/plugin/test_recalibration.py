@@ -7,7 +7,8 @@ import torch
 from networks import images, mlp, residual, vectors
 from torch import nn
 
-from secateurs.forward import kl_divergence, predict
+from secateurs.forward import predict
+from secateurs.outputs import kl_divergence
 from secateurs.recalibration import recalibrate
 
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from secateurs.data import Dataset
 from secateurs.errors import SecateursError
-from secateurs.forward import call, kl_divergence, predict
+from secateurs.forward import call, predict
+from secateurs.outputs import kl_divergence
 from secateurs.recovery import _loss, train
 from secateurs.settings import RecoverySettings
 

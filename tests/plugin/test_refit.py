@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from secateurs.data import Dataset
-from secateurs.forward import call, kl_divergence, predict
+from secateurs.forward import call, predict
 from secateurs.groups import find_groups, plan_removal
 from secateurs.moments import PairedMoments
+from secateurs.outputs import kl_divergence
 from secateurs.plan import Plan
 from secateurs.prefix import Prefix, Timeline
 from secateurs.probe import execution_order

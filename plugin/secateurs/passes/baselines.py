@@ -22,6 +22,7 @@ from secateurs.data import Dataset
 from secateurs.forward import call, device_of, logits
 from secateurs.groups import Group, Limits, group_importances
 from secateurs.information import Order
+from secateurs.outputs import label_loss, own_labels, prediction_rows
 from secateurs.passes.base import Context
 from secateurs.passes.survey import Survey, weight_order
 from secateurs.passes.width import NodePass
@@ -105,13 +106,12 @@ class Taylor(_Importance):
             parameter.grad = None
         with torch.enable_grad():
             for batch in data.batches(64):
-                flat = logits(call(model, batch)).flatten(0, -2)
+                flat = prediction_rows(logits(call(model, batch)))
                 if batch.labels is None or len(batch.labels.reshape(-1)) != len(flat):
-                    labels = flat.detach().argmax(-1)
+                    labels = own_labels(flat.detach())
                 else:
                     labels = torch.as_tensor(batch.labels, device=device_of(model)).reshape(-1)
-                loss = nn.functional.cross_entropy(flat, labels, reduction="sum") / len(data)
-                loss.backward()
+                (label_loss(flat, labels) / len(data)).backward()
 
 
 class RandomNodes(NodePass):

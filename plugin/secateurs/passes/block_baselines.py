@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from secateurs.blocks import Block
 from secateurs.data import Dataset
-from secateurs.forward import kl_divergence, predict
+from secateurs.forward import predict
 from secateurs.layers import channel_dim, mixes
+from secateurs.outputs import kl_divergence
 from secateurs.passes.base import Context
 from secateurs.passes.depth import Choice, DepthPass, Ranking, Removal, dropping
 from secateurs.passes.trials import Trial, greedy, label_loss

@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from secateurs.blocks import Block
 from secateurs.data import Dataset
 from secateurs.errors import ModelError
 from secateurs.forward import call, frozen_randomness, logits, predict
 from secateurs.interfaces import ProgressEvent
+from secateurs.outputs import IGNORED, label_loss, own_labels, prediction_rows
 from secateurs.passes.base import Context
 from secateurs.passes.depth import Removal, dropping
 from secateurs.report import Skipped
@@ -70,7 +70,7 @@ def labelled(context: Context, most: int) -> Dataset:
         if source is not None and source.labels is not None and np.issubdtype(source.labels.dtype, np.integer):
             return source.take(np.arange(min(most, len(source))))
     data = context.calibration.take(np.arange(min(most, len(context.calibration))))
-    return replace(data, labels=predict(context.model, data).argmax(-1).cpu().numpy())
+    return replace(data, labels=own_labels(predict(context.model, data)).cpu().numpy())
 
 
 def gradient_norm(model: nn.Module, data: Dataset, *, batch_size: int = 64, seed: int = 0) -> float:
@@ -90,9 +90,8 @@ def gradient_norm(model: nn.Module, data: Dataset, *, batch_size: int = 64, seed
                 continue  # BatchNorm cannot train on a single example
             model.zero_grad(set_to_none=True)
             prediction = logits(call(model, batch))
-            labels = torch.as_tensor(np.asarray(batch.labels, dtype=np.int64), device=prediction.device)
-            loss = F.cross_entropy(prediction.reshape(-1, prediction.shape[-1]), labels.reshape(-1))
-            loss.backward()
+            labels = torch.as_tensor(batch.labels, device=prediction.device)
+            (label_loss(prediction_rows(prediction), labels) / max(1, int((labels != IGNORED).sum()))).backward()
             squares = [float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None]
             norms.append(math.sqrt(sum(squares)))
     return sum(norms) / len(norms) if norms else 0.0

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from secateurs.allocation import Option
 from secateurs.data import Dataset
-from secateurs.forward import kl_divergence, predict, unsure_temperature
+from secateurs.forward import predict
 from secateurs.groups import Group
 from secateurs.information import Order
 from secateurs.layers import as_weight, weight_matrix
 from secateurs.moments import Moments, PairedMoments
+from secateurs.outputs import kl_divergence, unsure_temperature
 from secateurs.passes.base import Context
 from secateurs.passes.survey import Survey
 from secateurs.plan import Plan

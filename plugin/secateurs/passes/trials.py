@@ -22,8 +22,9 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from secateurs.blocks import Block
 from secateurs.data import Dataset
-from secateurs.forward import kl_divergence, predict, unsure_temperature
+from secateurs.forward import predict
 from secateurs.interfaces import ProgressEvent
+from secateurs.outputs import kl_divergence, prediction_rows, unsure_temperature
 from secateurs.passes.base import Context
 from secateurs.passes.depth import Removal, dropping, layers_after, within
 from secateurs.plan import Plan
@@ -57,12 +58,12 @@ def label_loss(prediction: Tensor, data: Dataset) -> float | None:
     """Return the mean cross-entropy of class labels, one per prediction; None where the labels are of another kind.
 
     Args:
-        prediction: logits, classes on the last axis.
+        prediction: logits; see `secateurs.outputs`.
         data: the examples that were predicted.
     """
     if data.labels is None or not np.issubdtype(data.labels.dtype, np.integer) or prediction.ndim < 2:
         return None
-    flat = prediction.reshape(-1, prediction.shape[-1])
+    flat = prediction_rows(prediction)
     labels = np.asarray(data.labels, dtype=np.int64).reshape(-1)
     if len(labels) != len(flat) or labels.min() < 0 or labels.max() >= flat.shape[1]:
         return None
