@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateurs.errors import BudgetError, DataError, PluginError, RecipeError, UserError, unknown_name
+from secateurs.errors import BudgetError, DataError, PluginError, RecipeError, UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,7 +38,7 @@ def validate(
     provider: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Execution provider; may be repeated.")
     ] = None,
-    metric: Annotated[str, typer.Option(help="accuracy, top5-accuracy or f1-macro.")] = "accuracy",
+    metric: Annotated[str, typer.Option(help="A registered metric: accuracy, perplexity, mean-iou, ...")] = "accuracy",
     threads: Annotated[int, typer.Option(help="Intra-op threads.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Examples per run.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")] = False,
@@ -233,12 +233,9 @@ def _targets(providers: list[str], threads: int, batch_size: int) -> list[Target
 
 
 def _metric(name: str) -> Metric:
-    from secateurs_adapters import metrics
+    from secateurs.manager import create_manager
 
-    known: dict[str, Metric] = {one.name: one for one in (metrics.accuracy, metrics.top5_accuracy, metrics.f1_macro)}
-    if name not in known:
-        raise RecipeError(unknown_name("metric", name, known))
-    return known[name]
+    return create_manager().registries.metrics[name].make()
 
 
 def _mapping(path: Path, kind: str, error: type[UserError]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Figures of merit of classifiers: accuracy, top-5 accuracy and macro F1."""
+"""Figures of merit of classifiers, of examples or of tokens: accuracy, top-5 accuracy and macro F1."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ __all__ = ["Accuracy", "F1Macro", "TopFiveAccuracy", "accuracy", "f1_macro", "to
 
 Array = npt.NDArray[Any]
 
+IGNORED = -100
+"""The label of a token that does not count, as PyTorch and Hugging Face have it."""
+
 
 class Accuracy:
     """Share of examples whose largest score is the label's; classes on the last axis.
 
-    Labels with an axis more than one per example (one per token, say) give the share over all labels.
+    Labels with an axis more than one per example (one per token, say) give the share over all labels but those of -100.
 
     >>> import numpy as np
     >>> Accuracy().value(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 0]))
@@ -36,7 +39,7 @@ class Accuracy:
 
     def value(self, outputs: Array, labels: Array) -> float:
         """Return the share of labels that are right, in [0, 1]."""
-        return float(self._hits(outputs, labels).mean())
+        return float(self._hits(outputs, labels)[_counted(labels)].mean())
 
     def _hits(self, outputs: Array, labels: Array) -> npt.NDArray[np.bool_]:
         _check(self.name, outputs, labels)
@@ -57,7 +60,7 @@ class TopFiveAccuracy(Accuracy):
 class F1Macro:
     """Mean over classes of the harmonic mean of precision and recall.
 
-    A class in neither labels nor predictions does not count.
+    A class in neither labels nor predictions does not count, and neither does a token labelled -100.
     """
 
     name: str = "f1-macro"
@@ -75,14 +78,20 @@ class F1Macro:
             import torch
             from torchmetrics.functional.classification import multiclass_f1_score
 
-            predicted = torch.from_numpy(outputs.argmax(-1).reshape(-1))
-            truth = torch.from_numpy(labels.reshape(-1).astype(np.int64))
+            counted = _counted(labels)
+            predicted = torch.from_numpy(outputs.argmax(-1)[counted])
+            truth = torch.from_numpy(labels[counted].astype(np.int64))
             return float(multiclass_f1_score(predicted, truth, num_classes=outputs.shape[-1], average="macro"))
 
 
 accuracy = Accuracy()
 top5_accuracy = TopFiveAccuracy()
 f1_macro = F1Macro()
+
+
+def _counted(labels: Array) -> npt.NDArray[np.bool_]:
+    """Return which labels count: all of one per example, and of several those that are not `IGNORED`."""
+    return np.ones(labels.shape, np.bool_) if labels.ndim < 2 else np.asarray(labels != IGNORED, np.bool_)
 
 
 def _check(name: str, outputs: Array, labels: Array) -> None:
@@ -95,8 +104,11 @@ def _check(name: str, outputs: Array, labels: Array) -> None:
             f"metric {name!r} needs outputs of shape (*labels, classes) with at least 2 classes, got outputs "
             f"{outputs.shape} and labels {labels.shape}; choose another metric, or return class scores first."
         )
-    if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[-1]:
+    counted = labels[_counted(labels)]
+    if labels.size and not counted.size:
+        raise DataError(f"metric {name!r}: every label is {IGNORED}, which counts for nothing; give labels.")
+    if labels.size and not 0 <= int(counted.min()) <= int(counted.max()) < outputs.shape[-1]:
         raise DataError(
-            f"metric {name!r}: labels go from {labels.min()} to {labels.max()}, but the network has "
+            f"metric {name!r}: labels go from {counted.min()} to {counted.max()}, but the network has "
             f"{outputs.shape[-1]} classes; labels must lie in 0 to {outputs.shape[-1] - 1}."
         )

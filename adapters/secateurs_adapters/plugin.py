@@ -29,6 +29,14 @@ PROVIDERS = {
     "DmlExecutionProvider": "GPUs on Windows through DirectML",
 }
 """What each execution provider runs on."""
+VALUE_METRICS = {
+    "perplexity": ("Perplexity", "of the next token; labels are the input tokens; lower is better"),
+    "mean-squared-error": ("MeanSquaredError", "of values; lower is better"),
+    "mean-absolute-error": ("MeanAbsoluteError", "of values; lower is better"),
+    "spearman": ("Spearman", "rank correlation of values"),
+    "mean-iou": ("MeanIoU", "overlap of predicted and true pixels, averaged over classes"),
+}
+"""Metrics that are no share of examples: class and summary, by name."""
 
 
 @hookimpl
@@ -61,8 +69,23 @@ def secateurs_register_datasets(register: Registrar[DatasetLoader]) -> None:
 
 @hookimpl
 def secateurs_register_exporters(register: Registrar[Exporter]) -> None:
-    """Register the exporter."""
-    register("dynamo", "secateurs_adapters.export:DynamoExporter", summary="torch.onnx.export(dynamo=True), checked")
+    """Register the exporters with their options."""
+    exporters = {
+        "dynamo": ("export:DynamoExporter", "DynamoSettings", "torch.onnx.export(dynamo=True)"),
+        "torchscript": (
+            "torchscript:TorchScriptExporter",
+            "TorchScriptSettings",
+            "by tracing, for what dynamo refuses",
+        ),
+        "optimum": ("optimum_export:OptimumExporter", "OptimumSettings", "Hugging Face networks, through Optimum"),
+    }
+    for name, (target, settings, summary) in exporters.items():
+        register(
+            name,
+            f"secateurs_adapters.{target}",
+            summary=summary,
+            settings=f"secateurs_adapters.export_settings:{settings}",
+        )
 
 
 @hookimpl
@@ -74,7 +97,7 @@ def secateurs_register_targets(register: Registrar[Target]) -> None:
 
 @hookimpl
 def secateurs_register_metrics(register: Registrar[Metric]) -> None:
-    """Register the metrics of classifiers."""
+    """Register the metrics."""
     register("accuracy", "secateurs_adapters.metrics:Accuracy", summary="share of examples classified rightly")
     register(
         "top5-accuracy",
@@ -82,6 +105,8 @@ def secateurs_register_metrics(register: Registrar[Metric]) -> None:
         summary="share of examples whose label is among the five largest scores",
     )
     register("f1-macro", "secateurs_adapters.metrics:F1Macro", summary="F1 averaged over classes")
+    for name, (reference, summary) in VALUE_METRICS.items():
+        register(name, f"secateurs_adapters.value_metrics:{reference}", summary=summary)
 
 
 @hookimpl

@@ -38,7 +38,7 @@ def test_everything_can_be_imported(kind):
 
 def test_metrics_are_registered_under_their_names():
     assert {entry.name: entry.make().name for entry in registered("metrics")} == {
-        name: name for name in ("accuracy", "top5-accuracy", "f1-macro")
+        name: name for name in ("accuracy", "top5-accuracy", "f1-macro", *plugin.VALUE_METRICS)
     }
 
 
