@@ -21,12 +21,12 @@ from secateurs.interfaces import Artifact
 from secateurs.report import write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["graph_signature", "read_artifact", "sidecar_path", "write_sidecar"]
 
 _NEXT = "give an .onnx file, for example one written by `secateurs run`."
-_PACKAGES = ("secateurs", "onnx", "onnxruntime", "onnxscript", "torch")
+_PACKAGES = ("secateurs", "onnx", "onnxruntime", "onnxscript", "optimum", "optimum-onnx", "torch", "transformers")
 
 
 def read_artifact(path: Path) -> Artifact:
@@ -54,6 +54,7 @@ def read_artifact(path: Path) -> Artifact:
         weight_bytes=sum(_tensor_bytes(tensor) for tensor in _initialisers(model.graph)),
         artifact_bytes=sum(file.stat().st_size for file in files),
         sha256={file.relative_to(path.parent).as_posix(): _sha256(file) for file in files},
+        ir_version=int(model.ir_version),
     )
 
 
@@ -73,18 +74,27 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def write_sidecar(artifact: Artifact) -> Path:
-    """Write opset, signature, hashes, sizes (bytes), parity and versions beside the file, whole or not at all."""
+def write_sidecar(artifact: Artifact, made: Mapping[str, Any] | None = None) -> Path:
+    """Write opset, signature, hashes, sizes (bytes), parity and versions beside the file, whole or not at all.
+
+    Args:
+        artifact: the file.
+        made: how it was made of another file, for one that is not an export: its name, its hash and the settings.
+    """
     content = {
         "schema_version": 1,
         "file": artifact.path.name,
         "exporter": artifact.exporter,
         "opset": artifact.opset,
+        "ir_version": artifact.ir_version,
         "signature": graph_signature(artifact.path),
         "weight_bytes": artifact.weight_bytes,
         "artifact_bytes": artifact.artifact_bytes,
+        "bytes": {name: (artifact.path.parent / name).stat().st_size for name in artifact.sha256},
         "sha256": dict(artifact.sha256),
         "parity": None if artifact.parity is None else artifact.parity.model_dump(),
+        "made": None if made is None else dict(made),
+        "notes": list(artifact.notes),
         "versions": _versions(),
     }
     path = sidecar_path(artifact.path)

@@ -1,8 +1,8 @@
-"""Export through torch's dynamo exporter, proved on the file before it takes its name.
+"""Export to ONNX, proved on the file before it takes its name; torch's dynamo exporter.
 
-The network is traced with two examples and a free first axis, and the file is compared with it at two other batch
-sizes. Operators, opset and outputs are checked on what was written, because the exporter may return normally after it
-wrote something else.
+The network is traced with two examples and a free first axis, with a free length where it has one, and the file is
+compared with it at two other batch sizes and lengths. Operators, opset and outputs are checked on what was written,
+because an exporter may return normally after it wrote something else.
 """
 
 from __future__ import annotations
@@ -14,31 +14,134 @@ import logging
 import re
 import tempfile
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateurs.errors import DataError, ExportError
 from secateurs.forward import tensors
 from secateurs_adapters.artifact import read_artifact, write_sidecar
-from secateurs_adapters.parity import check_parity, network_outputs
+from secateurs_adapters.export_settings import DynamoSettings
+from secateurs_adapters.parity import at_length, check_parity, network_outputs, sequence_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from secateurs.data import Dataset
     from secateurs.interfaces import Artifact
 
-__all__ = ["DynamoExporter", "dynamo"]
+__all__ = ["DynamoExporter", "Traced", "dynamo", "explained", "export_checked", "quiet"]
 
 TRACED_BATCH = 2
 CHECKED_BATCHES = (1, 3)
 """Batch sizes of the parity check; a file that fixed the traced size, or the special size 1, fails at one of them."""
+SINGLE_FILE_BYTES = 1_500_000_000
+"""Weights beyond this go to a second file; protobuf ends at 2 GB."""
 _NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What an exporter traces.
+
+    Attributes:
+        network: a copy on the CPU, in evaluation mode.
+        inputs: two examples, by name.
+        keyword: whether the network takes its inputs by name.
+        output_names: of every tensor that it returns, in order.
+        axes: the names of the free axes of each input, by position.
+    """
+
+    network: nn.Module
+    inputs: Mapping[str, Tensor]
+    keyword: bool
+    output_names: list[str]
+    axes: Mapping[str, dict[int, str]]
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of parameters and buffers."""
+        return sum(t.numel() * t.element_size() for t in (*self.network.parameters(), *self.network.buffers()))
+
+
+Write = Callable[[Traced, Path, int], tuple[str, ...]]
+"""Writes what is traced to a path, at an opset, and returns what has to be said about it."""
+
+
+def export_checked(
+    write: Write,
+    model: nn.Module,
+    example: Dataset,
+    path: Path,
+    *,
+    exporter: str,
+    opset: int,
+    sequence: str = "fixed",
+    by_name: bool = False,
+) -> Artifact:
+    """Write a network through an exporter and prove that the file does the same; see `Exporter`.
+
+    Args:
+        write: the exporter.
+        model: the network, on any device and in any mode; it is not changed.
+        example: examples whose names become the input names and whose rows the check draws from.
+        path: where the file goes; written whole or not at all, with its sidecar.
+        exporter: the name to record.
+        opset: the ONNX opset that the file must have.
+        sequence: `free` or `fixed` length of token inputs; `auto` is free where the network runs at other lengths and
+            the file can be proved there, and says so in a note where it is not.
+        by_name: compare outputs by name; see `check_parity`.
+
+    Raises:
+        ExportError: it cannot be exported, the opset is not the one asked for, or the file disagrees with the network.
+    """
+    network = _detached(model)
+    data = _fit(network, example)
+    lengths, notes = _free_lengths(network, data, sequence)
+    tries = [lengths, ()] if lengths and sequence == "auto" else [lengths]
+    for attempt in tries:
+        try:
+            return _attempt(write, network, data, path, exporter, opset, attempt, by_name, notes)
+        except ExportError as error:
+            if attempt is tries[-1]:
+                raise
+            notes = (f"the sequence length is fixed at {_length(data)}, as with a free one {error}",)
+    raise AssertionError
+
+
+def _attempt(
+    write: Write,
+    network: nn.Module,
+    data: Dataset,
+    path: Path,
+    exporter: str,
+    opset: int,
+    lengths: tuple[int, ...],
+    by_name: bool,
+    notes: tuple[str, ...],
+) -> Artifact:
+    traced = _traced(network, data, bool(lengths))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as folder:
+        written = Path(folder) / path.name
+        said = write(traced, written, opset)
+        found = _read(written)
+        if found.opset != opset:
+            raise ExportError(
+                f"opset {opset} was asked for, but the exporter wrote opset {found.opset}; use `opset: "
+                f"{found.opset}`, or the default 20."
+            )
+        parity = check_parity(written, network, data, CHECKED_BATCHES, lengths=lengths, by_name=by_name)
+        # The data goes first: a main file never names weights that are not there.
+        for file in reversed(found.files):
+            file.replace(path.parent / file.relative_to(folder))
+    artifact = replace(read_artifact(path), exporter=exporter, parity=parity, notes=(*said, *notes))
+    write_sidecar(artifact)
+    return artifact
 
 
 @dataclass(frozen=True)
@@ -50,70 +153,87 @@ class DynamoExporter:
     bfloat16 kernels on the CPU; the inputs of a half-precision network become half precision.
 
     Attributes:
-        single_file_bytes: weights beyond this go to a second file, `model.onnx.data`; protobuf ends at 2 GB.
+        settings: the recipe's `export.options`.
+        single_file_bytes: weights beyond this go to a second file, `model.onnx.data`.
     """
 
-    single_file_bytes: int = 1_500_000_000
+    settings: DynamoSettings = field(default_factory=DynamoSettings)
+    single_file_bytes: int = SINGLE_FILE_BYTES
 
     def __call__(self, model: nn.Module, example: Dataset, path: Path, *, opset: int) -> Artifact:
-        """Export `model` to `path` with a free first axis, and prove that the file does the same; see `Exporter`.
-
-        Args:
-            model: the network, on any device and in any mode; it is not changed.
-            example: examples whose names become the input names and whose rows the check draws from.
-            path: where the file goes; written whole or not at all.
-            opset: the ONNX opset, from 18 on without conversion.
+        """Export `model` to `path`, opset 18 or later without conversion; see `export_checked`.
 
         Raises:
             ExportError: it cannot be exported, the opset is not the one asked for, or the file disagrees with the
                 network.
         """
-        network = _detached(model)
-        data = _fit(network, example)
-        traced = data.take(np.arange(TRACED_BATCH) % len(data))
-        count = len(network_outputs(network, traced))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as folder:
-            written = Path(folder) / path.name
-            self._write(network, traced, written, opset, _output_names(count))
-            found = _read(written)
-            if found.opset != opset:
-                raise ExportError(
-                    f"opset {opset} was asked for, but the exporter wrote opset {found.opset}; use `opset: "
-                    f"{found.opset}`, or the default 20."
-                )
-            parity = check_parity(written, network, data, CHECKED_BATCHES)
-            # The data goes first: a main file never names weights that are not there.
-            for file in reversed(found.files):
-                file.replace(path.parent / file.relative_to(folder))
-        artifact = replace(read_artifact(path), exporter="dynamo", parity=parity)
-        write_sidecar(artifact)
-        return artifact
+        return export_checked(
+            self._write, model, example, path, exporter="dynamo", opset=opset, sequence=self.settings.sequence
+        )
 
-    def _write(self, network: nn.Module, traced: Dataset, path: Path, opset: int, output_names: list[str]) -> None:
-        # Another layout (images read channels last) would be traced into the graph, as gathers that no device needs.
-        inputs = {name: value.contiguous() for name, value in tensors(traced).items()}
-        size = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
+    def _write(self, traced: Traced, path: Path, opset: int) -> tuple[str, ...]:
         try:
-            with _quiet(), torch.no_grad():
+            with quiet(), torch.no_grad():
                 torch.onnx.export(
-                    network,
-                    () if traced.keyword else tuple(inputs.values()),
+                    traced.network,
+                    () if traced.keyword else tuple(traced.inputs.values()),
                     str(path),
-                    kwargs=inputs if traced.keyword else None,
-                    input_names=list(inputs),
-                    output_names=output_names,
-                    dynamic_shapes=_free_batch(list(inputs), traced.keyword),
+                    kwargs=dict(traced.inputs) if traced.keyword else None,
+                    input_names=list(traced.inputs),
+                    output_names=traced.output_names,
+                    dynamic_shapes=dict(traced.axes) if traced.keyword else tuple(traced.axes.values()),
                     opset_version=opset,
-                    external_data=size > self.single_file_bytes,
+                    external_data=traced.weight_bytes() > self.single_file_bytes,
                     dynamo=True,
                     verbose=False,
                 )
         except Exception as error:
-            raise ExportError(_explain(error)) from error
+            raise ExportError(explained(error)) from error
+        return ()
 
 
 dynamo = DynamoExporter()
+
+
+def _traced(network: nn.Module, data: Dataset, free_length: bool) -> Traced:
+    rows = data.take(np.arange(TRACED_BATCH) % len(data))
+    longer = sequence_inputs(data) if free_length else ()
+    return Traced(
+        network=network,
+        # Another layout (images read channels last) would be traced into the graph, as gathers that no device needs.
+        inputs={name: value.contiguous() for name, value in tensors(rows).items()},
+        keyword=data.keyword,
+        output_names=_output_names(len(network_outputs(network, rows))),
+        axes={name: {0: "batch", 1: "sequence"} if name in longer else {0: "batch"} for name in data.inputs},
+    )
+
+
+def _length(data: Dataset) -> int:
+    names = sequence_inputs(data)
+    return data.inputs[names[0]].shape[1] if names else 0
+
+
+def _free_lengths(network: nn.Module, data: Dataset, sequence: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return the lengths at which a free length is to be proved, none where it is fixed, and what to say about that.
+
+    Raises:
+        ExportError: a free length is asked for, and the network has none.
+    """
+    length = _length(data)
+    if sequence == "fixed" or length < 3:
+        return (), ()
+    found: list[int] = []
+    for other in (length + 3, length // 2 + 1, length - 1, length + 1):
+        if other not in (length, *found) and len(found) < len(CHECKED_BATCHES):
+            with contextlib.suppress(ExportError):
+                network_outputs(network, at_length(data.take([0]), other))
+                found.append(other)
+    if len(found) == len(CHECKED_BATCHES):
+        return tuple(found), ()
+    note = f"the sequence length is fixed at {length}: the network does not run at two others"
+    if sequence == "free":
+        raise ExportError(f"{note}. Leave out `sequence: free`, or give `forward` no fixed length.")
+    return (), (note,)
 
 
 def _detached(model: nn.Module) -> nn.Module:
@@ -151,10 +271,6 @@ def _output_names(count: int) -> list[str]:
     return ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
 
 
-def _free_batch(names: list[str], keyword: bool) -> dict[str, dict[int, str]] | tuple[dict[int, str], ...]:
-    return {name: {0: "batch"} for name in names} if keyword else tuple({0: "batch"} for _ in names)
-
-
 def _read(path: Path) -> Artifact:
     try:
         return read_artifact(path)
@@ -163,25 +279,25 @@ def _read(path: Path) -> Artifact:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress, warnings and advice off the terminal; what goes wrong arrives as an exception."""
+def quiet() -> Iterator[list[warnings.WarningMessage]]:
+    """Keep an exporter's progress and advice off the terminal, and yield the list of its warnings."""
     loggers = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
     with (
-        warnings.catch_warnings(),
+        warnings.catch_warnings(record=True) as caught,
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("always")
         try:
             for name in loggers:
                 logging.getLogger(name).setLevel(logging.CRITICAL)
-            yield
+            yield caught
         finally:
             for name, level in loggers.items():
                 logging.getLogger(name).setLevel(level)
 
 
-def _explain(error: Exception) -> str:
+def explained(error: Exception) -> str:
     """Return cause and remedy of a failed export in one or two sentences."""
     root: BaseException = error
     while root.__cause__ is not None:
@@ -194,7 +310,9 @@ def _explain(error: Exception) -> str:
             f"the network decides by the values of its data{place}, which a fixed graph cannot hold. Use `torch.where` "
             "or `torch.cond` for both branches, or move the decision out of `forward`."
         )
-    operator = re.search(r"No ONNX function found for <\w+\(op='([^']+)'", text)
+    operator = re.search(r"No ONNX function found for <\w+\(op='([^']+)'", text) or re.search(
+        r"Exporting the operator '([^']+)' to ONNX", text
+    )
     if operator:
         return (
             f"the operator {operator[1]} has no ONNX form. Replace it in `forward` by operators that have one, or try "
@@ -202,7 +320,7 @@ def _explain(error: Exception) -> str:
         )
     if "static shape" in text or "specialized" in text or "Constraints violated" in text:
         return (
-            f"the network fixes its batch size: {_first_line(root, 'inferred')} Look for a size that `forward` "
+            f"the network fixes its batch size or length: {_first_line(root, 'inferred')} Look for a size that `forward` "
             "hard-codes, for example in `view(2, ...)`, and take it from `x.shape` instead."
         )
     return (

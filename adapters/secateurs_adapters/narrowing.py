@@ -24,7 +24,8 @@ from secateurs.groups import Group, plan_removal
 from secateurs.layers import slice_dimensions
 from secateurs.plan import Plan
 from secateurs.surgery import applied
-from secateurs_adapters.export import dynamo
+from secateurs_adapters.export import DynamoExporter
+from secateurs_adapters.export_settings import DynamoSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,14 +43,14 @@ Share = Mapping[str, int]
 
 
 def exported_model(model: nn.Module, example: Dataset) -> Any:
-    """Return a network as an `onnx.ModelProto`, with a free batch size.
+    """Return a network as an `onnx.ModelProto`, with a free batch size and the example's sequence length.
 
     Raises:
         ExportError: it cannot be exported.
     """
     with tempfile.TemporaryDirectory(prefix="secateurs-") as folder:
         path = Path(folder) / "model.onnx"
-        dynamo(model, example, path, opset=OPSET)
+        DynamoExporter(DynamoSettings(sequence="fixed"))(model, example, path, opset=OPSET)
         return onnx.load(str(path))
 
 

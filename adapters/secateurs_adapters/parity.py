@@ -1,12 +1,13 @@
-"""Agreement of an exported file with the network it came from, over every output and at several batch sizes.
+"""Agreement of an exported file with the network it came from, over every output, at several batch sizes and lengths.
 
-An export that succeeds may still have fixed the batch size or one branch of the network; only running the file at
-sizes other than the one it was traced with shows it.
+An export that succeeds may still have fixed the batch size, the sequence length or one branch of the network; only
+running the file at sizes other than the ones it was traced with shows it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,12 +22,12 @@ from secateurs.report import Parity
 from secateurs_adapters.session import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from secateurs.data import Dataset
 
-__all__ = ["TOLERANCE", "check_parity", "network_outputs", "resample"]
+__all__ = ["TOLERANCE", "at_length", "check_parity", "network_outputs", "resample", "sequence_inputs"]
 
 Array = npt.NDArray[Any]
 
@@ -57,6 +58,8 @@ def check_parity(
     example: Dataset,
     batch_sizes: Sequence[int],
     *,
+    lengths: Sequence[int] = (),
+    by_name: bool = False,
     tolerance: float = TOLERANCE,
     seed: int = 0,
 ) -> Parity:
@@ -69,6 +72,9 @@ def check_parity(
         model: the network; run in evaluation mode, then put back into the mode it had.
         example: where the rows of the inputs are drawn from, with replacement.
         batch_sizes: the sizes to compare at; none should be the one the file was traced with.
+        lengths: the sequence length at each of these sizes, for a file that leaves it free; empty keeps the example's.
+        by_name: compare the outputs that the file has with the entries of these names in what the network returns;
+            otherwise the file has every tensor that the network returns, in its order.
         tolerance: share of each output's scale. Half-precision outputs are allowed 16 rounding steps of their type
             where that is more.
         seed: of the draw.
@@ -89,16 +95,19 @@ def check_parity(
         ) from None
     for index, size in enumerate(batch_sizes):
         batch = resample(example, size, seed + index)
-        expected = network_outputs(model, batch)
+        where = f"batch size {size}"
+        if lengths:
+            batch, where = at_length(batch, lengths[index]), f"{where} and sequence length {lengths[index]}"
+        expected = network_outputs(model, batch, session.outputs if by_name else None)
         try:
             obtained = session.run(session.feeds(batch.inputs))
         except DataError as error:
             raise ExportError(
-                f"the exported file does not run at batch size {size}: {error} Look for a size that `forward` "
-                "hard-codes, and take it from `x.shape` instead."
+                f"the exported file does not run at {where}: {error} Look for a size that `forward` hard-codes, and "
+                "take it from `x.shape` instead."
             ) from None
-        _compare(expected, obtained, size, differences, tolerance)
-    return _judge(differences, list(batch_sizes))
+        _compare(expected, obtained, where, differences, tolerance)
+    return _judge(differences, list(batch_sizes), list(lengths))
 
 
 def resample(example: Dataset, size: int, seed: int) -> Dataset:
@@ -107,12 +116,44 @@ def resample(example: Dataset, size: int, seed: int) -> Dataset:
     return example.take(generator.choice(len(example), size, replace=size > len(example)))
 
 
-def network_outputs(model: nn.Module, batch: Dataset) -> list[Tensor]:
+def sequence_inputs(data: Dataset) -> tuple[str, ...]:
+    """Return the inputs whose second axis counts positions; none where there are no tokens.
+
+    These are the attention mask and all inputs of its length, and without a mask all matrices of integers, if they
+    are of one length.
+    """
+    tokens = data.tokens
+    if tokens is not None:
+        return tuple(name for name, array in data.inputs.items() if array.shape[:2] == tokens.shape)
+    found = {
+        name: array.shape[1] for name, array in data.inputs.items() if array.ndim == 2 and array.dtype.kind in "iu"
+    }
+    return tuple(found) if len(set(found.values())) == 1 else ()
+
+
+def at_length(data: Dataset, length: int) -> Dataset:
+    """Return the examples with sequences of `length` positions: cut, or repeated from the start; no mask is left empty."""
+    cut = {}
+    for name in sequence_inputs(data):
+        array = data.inputs[name]
+        cut[name] = array[:, np.arange(length) % array.shape[1]]
+    mask = cut.get("attention_mask")
+    if mask is not None:
+        mask[~mask.any(axis=1)] = 1
+    return replace(data, inputs={**data.inputs, **cut})
+
+
+def network_outputs(model: nn.Module, batch: Dataset, names: Sequence[str] | None = None) -> list[Tensor]:
     """Return every tensor that a network returns in evaluation mode, in the order in which an exported file lists them.
 
+    Args:
+        model: the network.
+        batch: what it is called with.
+        names: return the entries of these names instead, for a network that returns a mapping.
+
     Raises:
-        ExportError: the network fails at this batch size, returns no tensor, or its first output lacks the examples
-            on its first axis.
+        ExportError: the network fails at this batch size, returns no tensor or none of a name, or its first output
+            lacks the examples on its first axis.
     """
     try:
         with inference(model):
@@ -124,6 +165,13 @@ def network_outputs(model: nn.Module, batch: Dataset) -> list[Tensor]:
             "the shapes and types that `forward` takes, look for a batch size that it hard-codes, and take it from "
             "`x.shape` instead."
         ) from error
+    if names is not None:
+        missing = [name for name in names if not isinstance(outputs, Mapping) or name not in outputs]
+        if missing:
+            raise ExportError(
+                f"the file has the outputs {missing}, which the network does not return; use `exporter: dynamo`."
+            )
+        outputs = [outputs[name] for name in names]
     found = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
     if not found:
         raise ExportError(
@@ -141,7 +189,7 @@ def network_outputs(model: nn.Module, batch: Dataset) -> list[Tensor]:
 def _compare(
     expected: Sequence[Tensor],
     obtained: Mapping[str, Array],
-    size: int,
+    where: str,
     differences: dict[str, _Difference],
     tolerance: float,
 ) -> None:
@@ -153,7 +201,7 @@ def _compare(
         if tuple(reference.shape) != value.shape:
             raise ExportError(
                 f"output {name!r} has shape {value.shape} in the file and {tuple(reference.shape)} in the network at "
-                f"batch size {size}. Look for a size that `forward` hard-codes, and take it from `x.shape` instead."
+                f"{where}. Look for a size that `forward` hard-codes, and take it from `x.shape` instead."
             )
         exact = not (reference.is_floating_point() or reference.is_complex())
         steps = 0.0 if exact else _HALF_STEPS * torch.finfo(reference.dtype).eps
@@ -173,13 +221,13 @@ def _distance(truth: Array, got: Array) -> float:
     return float("inf") if not np.isfinite(difference).all() else float(difference.max())
 
 
-def _judge(differences: Mapping[str, _Difference], batch_sizes: list[int]) -> Parity:
+def _judge(differences: Mapping[str, _Difference], batch_sizes: list[int], lengths: list[int]) -> Parity:
     for name, known in differences.items():
         if not known.relative <= known.tolerance:
             raise ExportError(
                 f"the exported file disagrees with the network: output {name!r} differs by {known.max_abs:.3g}, "
                 f"{known.relative:.3g} of its largest value; allowed is {known.tolerance:.3g}, at batch sizes "
-                f"{batch_sizes}. Look for random or data-dependent steps in `forward`."
+                f"{batch_sizes}{f' and sequence lengths {lengths}' if lengths else ''}. Look for random or data-dependent steps in `forward`."
             )
     found = list(differences.values())
     return Parity(
@@ -187,4 +235,5 @@ def _judge(differences: Mapping[str, _Difference], batch_sizes: list[int]) -> Pa
         max_rel=max(known.relative for known in found),
         tolerance=max(known.tolerance for known in found),
         batch_sizes=batch_sizes,
+        sequence_lengths=lengths,
     )

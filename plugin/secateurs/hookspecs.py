@@ -52,7 +52,10 @@ def secateurs_register_datasets(register: Registrar[DatasetLoader]) -> None:
 
 @hookspec
 def secateurs_register_exporters(register: Registrar[Exporter]) -> None:
-    """At start-up: register exporters; the name is what `export.exporter` says."""
+    """At start-up: register exporters; the name is what `export.exporter` says.
+
+    With `settings`, the target is called with an instance of them, made from `export.options`, and returns the exporter.
+    """
 
 
 @hookspec

@@ -103,7 +103,7 @@ def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent]
     registries = manager.registries
     passes = [build_pass(spec, manager) for spec in recipe.passes]
     metric = registries.metrics[recipe.metric].make()
-    exporter = registries.exporters[recipe.export.exporter].make()
+    exporter = _exporter(recipe, manager)
     targets = [(registries.targets[settings.provider].make(), settings) for settings in recipe.targets]
     for target, settings in targets:
         target.check(settings)
@@ -140,6 +140,18 @@ def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent]
     )
     search = prepare_search(session, passes, manager, recipe.budget, recipe.search)
     return Prepared(recipe, session, passes, roles.evaluation, metric, exporter, targets, manager, search)
+
+
+def _exporter(recipe: Recipe, manager: Manager) -> Exporter:
+    """Return the recipe's exporter, made with its options where it takes any."""
+    entry, options = manager.registries.exporters[recipe.export.exporter], recipe.export.options
+    if entry.settings is None:
+        if options:
+            raise RecipeError(f"`export.options`: the exporter {entry.name!r} takes none, got {', '.join(options)}.")
+        return entry.make()
+    make: Any = entry.load()
+    exporter: Exporter = make(settings_from(entry.load_settings(), options, "export.options"))
+    return exporter
 
 
 def _load_data(spec: DataSpec, role: str, manager: Manager) -> Dataset:

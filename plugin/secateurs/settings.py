@@ -300,11 +300,50 @@ class SearchSettings(PassSettings):
     trials: int = Field(24, ge=1, description="networks that are tried at the most")
 
 
+class EdgeSettings(PassSettings):
+    """A second file in which every shape is fixed, for accelerators that take no free ones (NNAPI, CoreML, QNN)."""
+
+    batch_size: int = Field(1, ge=1, description="examples per run")
+    sequence_length: int | None = Field(
+        None,
+        ge=1,
+        description="positions of token inputs, where their length is free; None takes the calibration data's",
+    )
+    ort: bool = Field(
+        False,
+        description="write it in onnxruntime's own format too, with the list of operators that a reduced build needs",
+    )
+
+
 class ExportSettings(PassSettings):
     """How the network is written."""
 
     exporter: str = Field("dynamo", description="a registered exporter")
     opset: int = Field(20, ge=9, description="ONNX opset")
+    options: dict[str, Any] = Field(default_factory=dict, description="the exporter's own options")
+    edge: EdgeSettings | None = Field(None, description="a variant with fixed shapes")
+
+
+class QuantiseSettings(PassSettings):
+    """How the exported file is quantised after pruning; onnxruntime's quantisation unless a plugin brings another mode."""
+
+    mode: str = Field(
+        "static",
+        description="static (ranges of activations from calibration data), dynamic (at run time), or a plugin's",
+    )
+    per_channel: bool = Field(True, description="one scale per output channel of a weight")
+    activations: Literal["int8", "uint8"] = Field("int8", description="type of activations; static only")
+    weights: Literal["int8", "uint8"] = Field("int8", description="type of weights")
+    reduce_range: bool = Field(False, description="weights in 7 bits, for x86 processors without VNNI")
+    calibrate: Literal["minmax", "entropy", "percentile"] = Field(
+        "minmax", description="how the ranges of activations are found; static only"
+    )
+    samples: int = Field(128, ge=1, description="calibration examples that the ranges are taken from; static only")
+    operators: list[str] | None = Field(
+        None,
+        description="operator types to quantise; None takes all (static), or matrix products and embeddings (dynamic)",
+    )
+    exclude: list[str] = Field(default_factory=list, description="names of nodes to leave as they are")
 
 
 class TargetSettings(PassSettings):
