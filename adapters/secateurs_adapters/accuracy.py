@@ -19,7 +19,7 @@ from secateurs.report import Accuracy, Estimate, Pairs
 from secateurs_adapters.session import Session, run_dataset, seeded_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from secateurs.data import Dataset
     from secateurs.interfaces import Metric
@@ -28,8 +28,8 @@ __all__ = ["Comparison", "agreement", "compare_accuracy", "score"]
 
 Array = npt.NDArray[Any]
 
-SEEDED_BATCHES = 256
-"""Seeded batches are drawn until they hold this many examples."""
+SEEDED_EXAMPLES = 256
+"""Seeded inputs are drawn until there are this many examples."""
 AGREEMENT_TOLERANCE = 1e-2
 """Outputs that are not class scores agree within this share of the baseline's largest absolute output."""
 _BATCH_BYTES = 4 * 1024 * 1024
@@ -102,47 +102,97 @@ def agreement(
     *,
     inputs: Mapping[str, Array] | None = None,
     batch_size: int = 1,
+    length: int | None = None,
+    examples: int = SEEDED_EXAMPLES,
     seed: int = 0,
-) -> float:
-    """Return the share of examples on which the first outputs of two files agree.
+) -> dict[str, float]:
+    """Return the share of examples on which each output of two files agrees, by name, in the baseline's order.
 
     Class scores (two axes or more, at least two wide) agree where their largest entry is the same; other outputs
-    where they differ by at most 1 % of the baseline's largest absolute output.
+    where they differ by at most 1 % of the baseline's largest absolute output. An output without an axis for the
+    examples counts once per run. Outputs that are no tensors are left out.
 
     Args:
         baseline: session of the baseline file.
         candidate: session of the candidate file.
         inputs: what to run them on; None makes seeded inputs from the baseline's signature.
         batch_size: examples per run of the seeded inputs.
+        length: size of free axes other than the batch in seeded inputs; None takes 16.
+        examples: seeded inputs are drawn until there are this many.
         seed: of the seeded inputs.
 
     Raises:
         DataError: the files take different inputs, or return different shapes.
     """
-    if inputs is None:
-        inputs = _seeded(baseline, batch_size, seed)
-    size = _batch_size(inputs, batch_size)
-    before, after = _first(run_dataset(baseline, inputs, size)), _first(run_dataset(candidate, inputs, size))
-    if before.shape != after.shape:
+    if inputs is not None:
+        size = _batch_size(inputs, batch_size)
+        pairs = [(run_dataset(baseline, inputs, size), run_dataset(candidate, inputs, size))]
+    else:
+        pairs = list(_seeded_runs(baseline, candidate, batch_size, length, examples, seed))
+    shares: dict[str, list[float]] = {}
+    weights: dict[str, list[int]] = {}
+    for before, after in pairs:
+        for name, other in _matched(baseline, candidate, before, after).items():
+            agreed = _agreed(before[name], other)
+            shares.setdefault(name, []).append(float(agreed.mean()) if len(agreed) else 1.0)
+            weights.setdefault(name, []).append(max(len(agreed), 1))
+    return {name: float(np.average(shares[name], weights=weights[name])) for name in shares}
+
+
+def _seeded_runs(
+    baseline: Session, candidate: Session, batch_size: int, length: int | None, examples: int, seed: int
+) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
+    """Run both files on seeded inputs until there were enough examples; yield their outputs."""
+    size = baseline.fixed_batch() or batch_size
+    if baseline.fixed_batch() is None:
+        size = min(_batch_size(seeded_inputs(baseline, size, seed, length), size), max(examples, size))
+    for index in range(-(-examples // size)):
+        feeds = seeded_inputs(baseline, size, seed + index, length)
+        missing = [spec.name for spec in candidate.inputs if spec.name not in feeds]
+        if missing or len(candidate.inputs) != len(feeds):
+            raise DataError(
+                f"{baseline.path.name!r} takes the inputs {list(feeds)} and {candidate.path.name!r} "
+                f"{[spec.name for spec in candidate.inputs]}; compare two files of the same task, with the same input names."
+            )
+        yield (baseline.examples_first(baseline.run(feeds)), candidate.examples_first(candidate.run(feeds)))
+
+
+def _matched(
+    baseline: Session, candidate: Session, before: Mapping[str, Array], after: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Return the candidate's output for each of the baseline's, by name, or by place where the names are others.
+
+    Raises:
+        DataError: the number of outputs or their shapes differ.
+    """
+    if len(before) != len(after) or not before:
         raise DataError(
-            f"the first output has shape {before.shape} in {baseline.path.name!r} and {after.shape} in "
-            f"{candidate.path.name!r}; compare two files of the same task."
+            f"{baseline.path.name!r} has {len(before)} outputs that can be compared, {candidate.path.name!r} {len(after)}; "
+            "compare two files of the same task."
         )
-    if before.ndim >= 2 and before.shape[-1] > 1:
-        return float((before.argmax(-1) == after.argmax(-1)).mean())
-    reference = before.astype(np.float64)
-    allowed = AGREEMENT_TOLERANCE * np.abs(reference).max()
-    close = np.abs(reference - after.astype(np.float64)) <= allowed
-    return float(close.reshape(len(close), -1).all(1).mean())
+    if set(before) != set(after):
+        after = dict(zip(before, after.values(), strict=True))
+    for name, value in before.items():
+        if value.shape != after[name].shape:
+            raise DataError(
+                f"the output {name!r} has shape {value.shape} in {baseline.path.name!r} and {after[name].shape} in "
+                f"{candidate.path.name!r}; compare two files of the same task."
+            )
+    return {name: after[name] for name in before}
 
 
-def _seeded(session: Session, batch_size: int, seed: int) -> dict[str, Array]:
-    size = session.fixed_batch() or batch_size
-    wanted = (
-        max(_batch_size(seeded_inputs(session, size, seed), size), SEEDED_BATCHES) if size < SEEDED_BATCHES else size
-    )
-    parts = [seeded_inputs(session, size, seed + index) for index in range(-(-wanted // size))]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def _agreed(before: Array, after: Array) -> npt.NDArray[np.bool_]:
+    """Return which rows of two outputs agree."""
+    if before.ndim >= 2 and before.shape[-1] > 1 and before.dtype.kind == "f":
+        return np.asarray(before.argmax(-1) == after.argmax(-1)).reshape(-1)
+    if before.dtype.kind not in "fiub":
+        return np.atleast_1d(np.asarray(before == after)).reshape(-1)
+    reference, other = before.astype(np.float64), after.astype(np.float64)
+    finite = np.abs(reference[np.isfinite(reference)])
+    with np.errstate(invalid="ignore"):
+        close = np.abs(reference - other) <= AGREEMENT_TOLERANCE * (finite.max() if finite.size else 0.0)
+    same = np.atleast_1d(close | (reference == other) | (np.isnan(reference) & np.isnan(other)))
+    return np.asarray(same.reshape(len(same), -1).all(1))
 
 
 def _batch_size(inputs: Mapping[str, Array], smallest: int) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from secateurs.budget import Budget
     from secateurs.data import Dataset
     from secateurs.interfaces import Metric, ProgressEvent
-    from secateurs.report import BudgetRow, Estimate, Report, TargetFigures, TargetRatios
+    from secateurs.report import BudgetRow, Estimate, Latency, Report, TargetFigures, TargetRatios
     from secateurs.settings import TargetSettings
 
 __all__ = ["load_budget", "load_evaluation", "validate", "verdict_table"]
@@ -40,16 +41,47 @@ def validate(
     ] = None,
     metric: Annotated[str, typer.Option(help="A registered metric: accuracy, perplexity, mean-iou, ...")] = "accuracy",
     threads: Annotated[int, typer.Option(help="Intra-op threads.")] = 1,
-    batch_size: Annotated[int, typer.Option(help="Examples per run.")] = 1,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option(help="Examples per run; may be repeated. Without it, what the files fix, else 1."),
+    ] = None,
+    sequence_length: Annotated[
+        list[int] | None,
+        typer.Option(help="Size of dynamic axes other than the batch; may be repeated. Without it, 16, or what runs."),
+    ] = None,
+    allow_elsewhere: Annotated[
+        float, typer.Option(help="Share of the time that may pass on other providers than the one asked for.")
+    ] = 0.0,
+    repeats: Annotated[int, typer.Option(help="Rounds (baseline, candidate, candidate, baseline) per process.")] = 40,
+    max_processes: Annotated[
+        int, typer.Option(help="Processes that latency takes at the most, while its verdict is undecided.")
+    ] = 15,
+    time_limit: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="That runs may take; grows with the files by default.")
+    ] = None,
+    memory_limit: Annotated[
+        int | None, typer.Option(metavar="MIB", help="That a file may take; grows with the file by default.")
+    ] = None,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the verdict as JUnit XML too, for a CI server.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")] = False,
 ) -> None:
     """Check a file against the one it replaces: latency, memory, size and accuracy, within a budget.
 
     Without data, seeded inputs are made from the file's signature, and the report tells the share on which both files
-    agree.
+    agree. A file is tried in a process with limits on time and memory before it is measured.
     """
     limits = load_budget(budget)
-    targets = _targets(provider or ["CPUExecutionProvider"], threads, batch_size)
+    targets = _targets(
+        provider or ["CPUExecutionProvider"],
+        batch_size or [1],
+        sequence_length or [None],
+        threads=threads,
+        allow_elsewhere=allow_elsewhere,
+        repeats=repeats,
+        max_processes=max_processes,
+    )
     evaluation = load_evaluation(data)
     try:
         from secateurs_adapters.validate import validate_files
@@ -65,7 +97,19 @@ def validate(
         evaluation=evaluation,
         metric=_metric(metric),
         progress=_tell,
+        adopt_batch=batch_size is None,
+        time_limit=time_limit,
+        memory_limit_mib=memory_limit,
     )
+    _finish(report, junit, as_json)
+
+
+def _finish(report: Report, junit: Path | None, as_json: bool) -> None:
+    """Print and write a report, and exit with its verdict's code."""
+    if junit is not None:
+        from secateurs_adapters.junit import write_junit
+
+        write_junit(report, junit)
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
@@ -134,7 +178,7 @@ def verdict_table(report: Report) -> Table:
         ),
     ]
     for first, second, ratio in zip(before.targets, after.targets, ratios.targets, strict=True):
-        label = f"{first.provider} batch {first.batch_size}"
+        label = first.label
         pairs += [
             (f"{name}, {label}", *cells, label, limits) for name, *cells, limits in _target_cells(first, second, ratio)
         ]
@@ -154,6 +198,7 @@ def _target_cells(first: TargetFigures, second: TargetFigures, ratios: TargetRat
     latency = ["" if one.latency_ms is None else f"{one.latency_ms.p50:.4g} ms" for one in (first, second)]
     cells: list[tuple[Any, ...]] = [
         ("latency p50", *latency, _estimate(ratios.latency_p50), ("latency_",)),
+        ("latency noise (cv)", *(_noise(one.latency_ms) for one in (first, second)), "", ()),
         (
             "peak memory",
             _size(first.peak_memory_bytes),
@@ -195,11 +240,17 @@ def _print(report: Report) -> None:
     console.print(verdict_table(report))
     for reason in report.reasons:
         console.print(f"fails: {reason}", markup=False)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False)
     console.print(f"verdict: {report.verdict}", markup=False)
 
 
 def _tell(event: ProgressEvent) -> None:
     typer.echo(f"{event.task}: {event.detail}", err=True)
+
+
+def _noise(latency: Latency | None) -> str:
+    return "" if latency is None else f"{latency.cv:.0%} of {latency.n} runs"
 
 
 def _number(value: float | None) -> str:
@@ -216,15 +267,18 @@ def _size(value: int | None) -> str:
     return "not measured" if value is None else f"{value / 2**20:.3f} MiB"
 
 
-def _targets(providers: list[str], threads: int, batch_size: int) -> list[TargetSettings]:
+def _targets(
+    providers: list[str], batch_sizes: list[int], lengths: Sequence[int | None], **more: Any
+) -> list[TargetSettings]:
+    """Return a target for each provider, batch size and sequence length."""
     from pydantic import ValidationError
 
     from secateurs.settings import TargetSettings
 
     try:
         return [
-            TargetSettings.model_validate({"provider": name, "threads": threads, "batch_size": batch_size})
-            for name in providers
+            TargetSettings.model_validate({"provider": name, "batch_size": size, "sequence_length": length, **more})
+            for name, size, length in itertools.product(providers, batch_sizes, lengths)
         ]
     except ValidationError as error:
         first = error.errors()[0]

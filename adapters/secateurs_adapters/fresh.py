@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 __all__ = ["in_fresh_process", "serve"]
 
 
-def in_fresh_process(module: str, request: Mapping[str, Any]) -> dict[str, Any]:
+def in_fresh_process(module: str, request: Mapping[str, Any], *, seconds: float | None = None) -> dict[str, Any]:
     """Run `python -m module` on a request in a process of its own, and return its answer; see `serve`.
 
+    Args:
+        module: what to run.
+        request: plain data.
+        seconds: after this long the process is ended; None waits for ever.
+
     Raises:
-        SecateursError: the process failed; an error that Secateurs raised there keeps its class.
+        SecateursError: the process failed or took too long; an error that Secateurs raised there keeps its class.
     """
     with tempfile.TemporaryDirectory(prefix="secateurs-") as folder:
         file = Path(folder) / "request.json"
@@ -34,9 +39,18 @@ def in_fresh_process(module: str, request: Mapping[str, Any]) -> dict[str, Any]:
         path = os.pathsep.join(entry for entry in sys.path if entry)
         # -P keeps the working directory, and with it any module that lies there, off the child's import path.
         command = [sys.executable, "-P", "-m", module, str(file)]
-        done = subprocess.run(  # noqa: S603 - our own interpreter and module, no shell
-            command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
-        )
+        try:
+            done = subprocess.run(  # noqa: S603 - our own interpreter and module, no shell
+                command,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                env={**os.environ, "PYTHONPATH": path},
+                timeout=seconds,
+            )
+        except subprocess.TimeoutExpired:
+            raise SecateursError(f"the measuring process {module} was ended after {seconds:g} s.") from None
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

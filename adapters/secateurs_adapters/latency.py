@@ -26,12 +26,12 @@ from secateurs_adapters.fresh import in_fresh_process, serve
 from secateurs_adapters.session import Session, SessionOptions, seeded_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
-    from secateurs.report import Estimate, Latency
+    from secateurs.report import Estimate, Latency, LatencyRatio
     from secateurs.settings import TargetSettings
 
-__all__ = ["LatencyFigures", "LatencyResult", "latency_summary", "measure_latency", "ratio_estimate"]
+__all__ = ["LatencyFigures", "LatencyResult", "latency_result", "latency_summary", "measure_latency", "ratio_estimate"]
 
 _NS_PER_MS = 1e6
 
@@ -78,8 +78,8 @@ def measure_latency(
         candidate: the candidate file.
         settings: provider, threads, batch size, processes, rounds per process.
         decided: whether an estimate answers the caller's question; asked after `settings.processes` processes and
-            after each one more, up to `settings.max_processes`. Asking again makes the last interval a little
-            optimistic. None asks nothing.
+            after each one more, up to `settings.max_processes`. It gets a `LatencyRatio`. Asking again makes the last
+            interval a little optimistic. None asks nothing.
         progress: called with the processes done and the processes planned.
         seed: of the inputs.
 
@@ -92,6 +92,7 @@ def measure_latency(
         "options": settings.options,
         "threads": settings.threads,
         "batch_size": settings.batch_size,
+        "length": settings.sequence_length,
         "repeats": settings.repeats,
         "warmup": settings.warmup,
         "seed": seed,
@@ -103,12 +104,17 @@ def measure_latency(
         answers.append(in_fresh_process("secateurs_adapters.latency", {**request, "order": order}))
         if progress is not None:
             progress(len(answers), planned)
-        if (
-            len(answers) == planned < settings.max_processes
-            and decided is not None
-            and not decided(ratio_estimate(_log_ratios(answers)))
-        ):
+        if len(answers) == planned < settings.max_processes and decided is not None and not decided(_so_far(answers)):
             planned += 1
+    return latency_result(answers)
+
+
+def latency_result(answers: Sequence[Mapping[str, Any]]) -> LatencyResult:
+    """Return the figures of processes that each measured both files.
+
+    Args:
+        answers: of each process: for `baseline` and `candidate`, `samples_ms`, `session_ms` and `first_run_ms`.
+    """
     logs = _log_ratios(answers)
     return LatencyResult(
         _figures(answers, "baseline"), _figures(answers, "candidate"), ratio_estimate(logs), tuple(logs)
@@ -128,21 +134,31 @@ def ratio_estimate(log_ratios: list[float]) -> Estimate:
     return Estimate(value=math.exp(statistics.fmean(log_ratios)), ci95=(math.exp(low), math.exp(high)))
 
 
-def latency_summary(samples_ms: list[float]) -> Latency:
-    """Return median, tails and spread; p95 from 40 runs on, p99 from 200, since a tail needs runs beyond it.
+def latency_summary(processes_ms: Sequence[Sequence[float]]) -> Latency:
+    """Return median, tails and spread of the runs of each process; p95 from 40 runs on, p99 from 200, since a tail needs runs beyond it.
 
-    >>> latency_summary([1.0, 2.0, 3.0]).p50
+    >>> latency_summary([[1.0, 2.0, 3.0]]).p50
     2.0
     """
     from secateurs.report import Latency
 
-    n = len(samples_ms)
-    p50, p95, p99 = (float(value) for value in np.percentile(samples_ms, [50, 95, 99]))
-    spread = float(np.std(samples_ms, ddof=1) / np.mean(samples_ms)) if n > 1 else 0.0
-    return Latency(p50=p50, p95=p95 if n >= 40 else None, p99=p99 if n >= 200 else None, n=n, cv=spread)
+    samples = [sample for process in processes_ms for sample in process]
+    n = len(samples)
+    p50, p95, p99 = (float(value) for value in np.percentile(samples, [50, 95, 99]))
+    spread = float(np.std(samples, ddof=1) / np.mean(samples)) if n > 1 else 0.0
+    medians = [math.log(statistics.median(process)) for process in processes_ms]
+    return Latency(
+        p50=p50,
+        p95=p95 if n >= 40 else None,
+        p99=p99 if n >= 200 else None,
+        n=n,
+        cv=spread,
+        processes=len(processes_ms),
+        p50_ci95=ratio_estimate(medians).ci95 if len(medians) > 1 else None,
+    )
 
 
-def _log_ratios(answers: list[dict[str, Any]]) -> list[float]:
+def _log_ratios(answers: Sequence[Mapping[str, Any]]) -> list[float]:
     medians = [
         {side: statistics.median(answer[side]["samples_ms"]) for side in ("baseline", "candidate")}
         for answer in answers
@@ -150,9 +166,20 @@ def _log_ratios(answers: list[dict[str, Any]]) -> list[float]:
     return [math.log(median["candidate"] / median["baseline"]) for median in medians]
 
 
-def _figures(answers: list[dict[str, Any]], side: str) -> LatencyFigures:
+def _so_far(answers: Sequence[Mapping[str, Any]]) -> LatencyRatio:
+    """Return what is known after some processes: the ratio, and the candidate's own latency."""
+    from secateurs.report import Estimate, LatencyRatio
+
+    found = latency_result(answers)
+    own = found.candidate.latency
+    return LatencyRatio(
+        value=found.ratio.value, ci95=found.ratio.ci95, candidate_ms=Estimate(value=own.p50, ci95=own.p50_ci95)
+    )
+
+
+def _figures(answers: Sequence[Mapping[str, Any]], side: str) -> LatencyFigures:
     return LatencyFigures(
-        latency=latency_summary([sample for answer in answers for sample in answer[side]["samples_ms"]]),
+        latency=latency_summary([answer[side]["samples_ms"] for answer in answers]),
         session_ms=statistics.median(answer[side]["session_ms"] for answer in answers),
         first_run_ms=statistics.median(answer[side]["first_run_ms"] for answer in answers),
     )
@@ -186,7 +213,7 @@ def _prepare(path: Path, request: Mapping[str, Any]) -> tuple[dict[str, Any], Ca
     start = time.perf_counter_ns()
     session = Session(path, options)
     created = time.perf_counter_ns()
-    feeds = seeded_inputs(session, request["batch_size"], request["seed"])
+    feeds = seeded_inputs(session, request["batch_size"], request["seed"], request["length"])
     made = time.perf_counter_ns()
     outputs = session.run(feeds)
     finished = time.perf_counter_ns()

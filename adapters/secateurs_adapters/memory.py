@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateurs_adapters.fresh import in_fresh_process, serve
+from secateurs_adapters.one_node import ONE_NODE
 from secateurs_adapters.session import CPU, Session, SessionOptions, seeded_inputs
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def measure_memory(paths: Sequence[Path], settings: TargetSettings, *, seed: int
         return [MemoryFigures(None, None, reason) for _ in paths]
     with tempfile.TemporaryDirectory(prefix="secateurs-") as folder:
         base = Path(folder) / "base.onnx"
-        _write_base(base)
+        base.write_bytes(ONE_NODE)
         files = [base, *(path.resolve() for path in paths)]
         answers: list[list[dict[str, Any]]] = [[] for _ in files]
         for _ in range(settings.memory_repeats):
@@ -111,6 +112,7 @@ def _request(task: str, path: Path, settings: TargetSettings, seed: int) -> dict
         "options": settings.options,
         "threads": settings.threads,
         "batch_size": settings.batch_size,
+        "length": settings.sequence_length,
         "seed": seed,
     }
 
@@ -124,21 +126,6 @@ def _above(value: int | None, base: int | None) -> int | None:
     return None if value is None or base is None else max(0, value - base)
 
 
-def _write_base(path: Path) -> None:
-    """Write a model of one Relu, the least that makes onnxruntime load and run."""
-    import onnx
-    from onnx import TensorProto, helper
-
-    shape = ["batch", 1]
-    graph = helper.make_graph(
-        [helper.make_node("Relu", ["x"], ["y"])],
-        "base",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
-
-
 def _measure_here(request: dict[str, Any]) -> Mapping[str, Any]:
     return _resident(request) if request["task"] == "resident" else _profile(request)
 
@@ -150,7 +137,7 @@ def _options(request: Mapping[str, Any], **more: Any) -> SessionOptions:
 
 
 def _run(session: Session, request: Mapping[str, Any], times: int) -> None:
-    feeds = seeded_inputs(session, request["batch_size"], request["seed"])
+    feeds = seeded_inputs(session, request["batch_size"], request["seed"], request["length"])
     for _ in range(times):
         session.run(feeds)
 

@@ -8,6 +8,7 @@ assigned to.
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ import numpy.typing as npt
 import onnxruntime
 
 from secateurs.errors import DataError, ProviderError, unknown_name
+from secateurs_adapters.one_node import ONE_NODE
+from secateurs_adapters.signature import Signature, TensorSpec, cast, seeded_arrays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,7 +29,9 @@ __all__ = [
     "Session",
     "SessionOptions",
     "TensorSpec",
+    "check_options",
     "check_provider",
+    "onnxruntime_version",
     "run_dataset",
     "seeded_inputs",
 ]
@@ -34,8 +39,6 @@ __all__ = [
 Array = npt.NDArray[Any]
 
 CPU = "CPUExecutionProvider"
-DEFAULT_DIMENSION = 16
-"""What a symbolic dimension other than the batch is bound to in seeded inputs."""
 
 _GPU_WHEEL = "onnxruntime-gpu (the extra `onnx-gpu`; it replaces onnxruntime)"
 _WHEELS = {
@@ -97,15 +100,6 @@ class SessionOptions:
     prepack: bool = True
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, element type and shape of a graph input or output; a symbolic dimension is its name, an unknown one None."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int | str | None, ...]
-
-
 def check_provider(name: str) -> None:
     """Refuse an execution provider that cannot be had here.
 
@@ -127,6 +121,27 @@ def check_provider(name: str) -> None:
         f"execution provider {name!r} is not available here. Available: {', '.join(available)}. To use it, install "
         f"{wheel}."
     )
+
+
+def check_options(provider: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that a provider does not know, by starting it with them on a graph of one node.
+
+    Raises:
+        ProviderError: the provider takes no options, does not know one of these, or cannot start with them.
+    """
+    if not options:
+        return
+    if provider == CPU:
+        raise ProviderError(f"{CPU} takes no `options`, got {', '.join(options)}; threads are set by `threads`.")
+    with tempfile.TemporaryDirectory(prefix="secateurs-") as folder:
+        path = Path(folder) / "one.onnx"
+        path.write_bytes(ONE_NODE)
+        Session(path, SessionOptions(provider=provider, provider_options=options))
+
+
+def onnxruntime_version() -> str:
+    """Return the version of the onnxruntime that runs here."""
+    return str(onnxruntime.__version__)
 
 
 class Session:
@@ -159,7 +174,13 @@ class Session:
             raise kind(
                 f"onnxruntime cannot load {str(path)!r} on {self.options.provider}: {_last_line(error)}"
             ) from None
+        if self.options.provider not in self._session.get_providers():
+            raise ProviderError(
+                f"onnxruntime could not start {self.options.provider} with the options {dict(self.options.provider_options)}, and would "
+                "have run on the CPU instead; check its `options` and its drivers."
+            )
         self.inputs = tuple(_spec(value, path) for value in self._session.get_inputs())
+        self.signature = Signature(self.inputs, path.name)
         self.outputs = tuple(str(value.name) for value in self._session.get_outputs())
 
     def provider_obtained(self) -> str:
@@ -211,11 +232,15 @@ class Session:
         room = {
             name: make.ortvalue_from_shape_and_type(list(a.shape), a.dtype.type, device, 0)
             for name, a in outputs.items()
+            if isinstance(a, np.ndarray) and a.dtype.kind in "fiub"
         }
         for name, value in held.items():
             binding.bind_ortvalue_input(name, value)
-        for name, value in room.items():
-            binding.bind_ortvalue_output(name, value)
+        for name in outputs:
+            if name in room:
+                binding.bind_ortvalue_output(name, room[name])
+            else:  # text, and what is no tensor, is allocated by onnxruntime at every run
+                binding.bind_output(name)
 
         def run(_alive: object = (feeds, held, room)) -> None:
             self._session.run_with_iobinding(binding)
@@ -225,10 +250,15 @@ class Session:
         return run
 
     def end_profiling(self) -> list[dict[str, Any]]:
-        """Stop profiling and return the figures of every node that ran, in order: `output_size`, `mem_in_use_peak` and others, as text."""
+        """Stop profiling and return the figures of every node that ran, in order.
+
+        These are `duration_us`, a number, and what onnxruntime says, as text: `provider`, `output_size`, `mem_in_use_peak` and others.
+        """
         events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
         return [
-            event["args"] for event in events if event.get("cat") == "Node" and "output_size" in event.get("args", {})
+            event["args"] | {"duration_us": event.get("dur", 0)}
+            for event in events
+            if event.get("cat") == "Node" and "output_size" in event.get("args", {})
         ]
 
     def feeds(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -243,43 +273,29 @@ class Session:
                 f"{self.path.name!r} needs the inputs {[spec.name for spec in self.inputs]}, but the data has "
                 f"{sorted(inputs)}; rename the arrays so that {missing} are among them."
             )
-        return {spec.name: _cast(spec, np.asarray(inputs[spec.name]), self.path.name) for spec in self.inputs}
+        return {
+            spec.name: cast(spec, np.asarray(inputs[spec.name]), self.path.name, self.signature.batch_axis(spec.shape))
+            for spec in self.inputs
+        }
 
     def fixed_batch(self) -> int | None:
-        """Return the batch size that the file fixes, or None where its first axis is free."""
-        shape = self.inputs[0].shape if self.inputs else ()
-        return shape[0] if shape and isinstance(shape[0], int) else None
+        """Return the batch size that the file fixes, or None where that axis is free."""
+        return self.signature.fixed_batch()
+
+    def examples_first(self, outputs: Mapping[str, Any]) -> dict[str, Array]:
+        """Return the outputs that are arrays, each with its examples on the first axis where the file has them on another."""
+        shapes = {str(value.name): tuple(value.shape or ()) for value in self._session.get_outputs()}
+        found = {}
+        for name, value in outputs.items():
+            if isinstance(value, np.ndarray):
+                axis = self.signature.batch_axis(shapes[name]) if len(shapes[name]) == value.ndim else None
+                found[name] = np.moveaxis(value, axis, 0) if axis else value
+        return found
 
 
-def seeded_inputs(session: Session, batch_size: int, seed: int = 0) -> dict[str, Array]:
-    """Make inputs from a session's signature: normal floats, integers 0 and 1, random booleans, masks of ones.
-
-    Args:
-        session: the file to feed.
-        batch_size: examples; the first axis of every input that leaves it free.
-        seed: of the values.
-
-    Raises:
-        DataError: the file fixes another batch size.
-    """
-    fixed = session.fixed_batch()
-    if fixed not in (None, batch_size):
-        raise DataError(
-            f"{session.path.name!r} fixes its batch size at {fixed}, got {batch_size}; ask for {fixed} or export it "
-            "with a free axis."
-        )
-    generator = np.random.default_rng(seed)
-    bound: dict[str, int] = {}
-    inputs = {}
-    for spec in session.inputs:
-        shape = []
-        for axis, size in enumerate(spec.shape):
-            if not isinstance(size, int) or size < 0:
-                default = batch_size if axis == 0 else DEFAULT_DIMENSION
-                size = bound.setdefault(size, default) if isinstance(size, str) else default
-            shape.append(size)
-        inputs[spec.name] = _random(generator, spec, shape)
-    return inputs
+def seeded_inputs(session: Session, batch_size: int, seed: int = 0, length: int | None = None) -> dict[str, Array]:
+    """Make inputs from a session's signature; see `secateurs_adapters.signature.seeded_arrays`."""
+    return seeded_arrays(session.signature, batch_size, seed, length)
 
 
 def run_dataset(session: Session, inputs: Mapping[str, Array], batch_size: int) -> dict[str, Array]:
@@ -287,17 +303,22 @@ def run_dataset(session: Session, inputs: Mapping[str, Array], batch_size: int) 
 
     A file that fixes its batch size is run at that size; the last batch is filled up by repeating its last example.
 
+    Args:
+        session: the file.
+        inputs: arrays with the examples on the first axis.
+        batch_size: examples per run.
+
     Raises:
-        DataError: the inputs do not fit the graph, or its first output does not have the examples on the first axis.
+        DataError: the inputs do not fit the graph, or its first output does not have the examples on an axis of their own.
     """
-    feeds = session.feeds(inputs)
-    total = len(next(iter(feeds.values()))) if feeds else 0
+    total = len(next(iter(inputs.values()))) if inputs else 0
     fixed = session.fixed_batch()
     size = fixed or batch_size
     parts: dict[str, list[Array]] = {name: [] for name in session.outputs}
     for start in range(0, total, size):
         rows = np.arange(start, start + size if fixed else min(start + size, total)).clip(max=total - 1)
-        for name, value in session.run({key: array[rows] for key, array in feeds.items()}).items():
+        given = session.feeds({key: array[rows] for key, array in inputs.items()})
+        for name, value in session.examples_first(session.run(given)).items():
             if value.ndim and len(value) == len(rows):
                 parts[name].append(value[: total - start])
             elif name == session.outputs[0]:
@@ -305,7 +326,7 @@ def run_dataset(session: Session, inputs: Mapping[str, Array], batch_size: int) 
                     f"the first output {name!r} of {session.path.name!r} has shape {value.shape} for {len(rows)} "
                     "examples; it needs the examples on its first axis."
                 )
-    return {name: np.concatenate(arrays) for name, arrays in parts.items() if sum(map(len, arrays)) == total}
+    return {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays and sum(map(len, arrays)) == total}
 
 
 def _native_options(options: SessionOptions) -> Any:
@@ -345,39 +366,3 @@ def _spec(value: Any, path: Path, kind: str = "input") -> TensorSpec:
 
 def _last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
-def _random(generator: np.random.Generator, spec: TensorSpec, shape: list[int]) -> Array:
-    if spec.dtype.kind == "f":
-        exact = spec.dtype if spec.dtype.itemsize >= 4 else np.dtype(np.float32)
-        return np.asarray(generator.standard_normal(shape, dtype=exact.type)).astype(spec.dtype, copy=False)
-    if spec.name.endswith("mask"):
-        return np.ones(shape, spec.dtype)
-    return np.asarray(generator.integers(0, 2, shape, dtype=np.int8)).astype(spec.dtype)
-
-
-def _cast(spec: TensorSpec, array: Array, file: str) -> Array:
-    fits = len(spec.shape) == array.ndim and all(
-        not isinstance(want, int) or want < 0 or want == got
-        for want, got in zip(spec.shape[1:], array.shape[1:], strict=True)
-    )
-    if not fits:
-        raise DataError(
-            f"input {spec.name!r} of {file!r} has shape {list(spec.shape)}, but the data has {list(array.shape)}; the "
-            "axes after the first must agree: transpose, resize or tokenise the data as for training."
-        )
-    if array.dtype == spec.dtype:
-        return np.ascontiguousarray(array)
-    kinds = {"f": "fiub", "i": "iub", "u": "iub", "b": "b"}[spec.dtype.kind]
-    if array.dtype.kind not in kinds:
-        raise DataError(
-            f"input {spec.name!r} of {file!r} takes {spec.dtype}, but the data is {array.dtype}; convert the data "
-            "first."
-        )
-    cast = np.ascontiguousarray(array, dtype=spec.dtype)
-    if spec.dtype.kind in "iu" and array.dtype.kind in "iu" and not np.array_equal(cast, array):
-        raise DataError(
-            f"input {spec.name!r} of {file!r} takes {spec.dtype}, but the data holds values beyond it, up to "
-            f"{array.max()}."
-        )
-    return cast

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from secateurs.interfaces import Measurement, ProgressEvent, WidthMultiple, ratio
 from secateurs.proof import prove
 from secateurs.report import TargetFigures, TargetRatios
-from secateurs_adapters.accuracy import Comparison, agreement, compare_accuracy
+from secateurs_adapters.accuracy import SEEDED_EXAMPLES, Comparison, agreement, compare_accuracy
 from secateurs_adapters.artifact import read_artifact
 from secateurs_adapters.latency import LatencyFigures, measure_latency
 from secateurs_adapters.memory import MemoryFigures, measure_memory, profile_memory
-from secateurs_adapters.session import Session, SessionOptions, check_provider
+from secateurs_adapters.placement import Placement, place, violation
+from secateurs_adapters.schedule import fit_schedule
+from secateurs_adapters.session import Session, SessionOptions, check_options, check_provider, onnxruntime_version
+from secateurs_adapters.vetting import limits_for, vet_file
 from secateurs_adapters.widths import preferred_multiple
 
 if TYPE_CHECKING:
@@ -33,15 +34,22 @@ Progress = Callable[[ProgressEvent], None]
 
 SEED = 0
 """Of every seeded input."""
-_log = logging.getLogger(__name__)
 
 
 class OnnxRuntimeTarget:
-    """Implements `secateurs.interfaces.Target` on onnxruntime's execution providers."""
+    """Implements `secateurs.interfaces.Target` on onnxruntime's execution providers.
+
+    Args:
+        examples: seeded inputs on which agreement is taken where there are no labels.
+    """
+
+    def __init__(self, examples: int = SEEDED_EXAMPLES) -> None:
+        self.examples = examples
 
     def check(self, settings: TargetSettings) -> None:
-        """Refuse a provider that is not available here; see `Target.check`."""
+        """Refuse a provider, or options of it, that cannot be had here; see `Target.check`."""
         check_provider(settings.provider)
+        check_options(settings.provider, settings.options)
 
     def width_multiple(self, settings: TargetSettings) -> WidthMultiple:
         """Return the channels whose multiples the provider's kernels like; see `Target`."""
@@ -81,7 +89,7 @@ class OnnxRuntimeTarget:
                 progress(ProgressEvent(f"measure on {settings.provider}", done, 4, detail))
 
         tell(0, "accuracy")
-        comparison, agreed, placed = _inspect(baseline, candidate, settings, evaluation, metric)
+        comparison, agreed = _compare(baseline, candidate, settings, evaluation, metric, self.examples)
         latency = measure_latency(
             baseline.path,
             candidate.path,
@@ -92,10 +100,9 @@ class OnnxRuntimeTarget:
         )
         tell(2, "memory")
         memory = measure_memory([baseline.path, candidate.path], settings, seed=SEED)
-        if memory[0].reason:
-            _log.warning("memory on %s: %s", settings.provider, memory[0].reason)
         tell(3, "profile")
         profiled = [profile_memory(file.path, settings, seed=SEED) for file in (baseline, candidate)]
+        placed = [place(file.path, settings, seed=SEED) for file in (baseline, candidate)]
         tell(4, "done")
         first = _figures(settings, placed[0], latency.baseline, memory[0], profiled[0])
         second = _figures(settings, placed[1], latency.candidate, memory[1], profiled[1])
@@ -106,9 +113,12 @@ class OnnxRuntimeTarget:
             peak_memory=ratio(second.peak_memory_bytes, first.peak_memory_bytes),
             accuracy_drop=None if comparison is None else comparison.drop,
             accuracy_pairs=None if comparison is None else comparison.pairs,
-            agreement=agreed,
+            agreement=None if agreed is None else next(iter(agreed.values())),
+            agreement_per_output=agreed,
         )
-        return Measurement(first, second, ratios, (*_violations("baseline", first), *_violations("candidate", second)))
+        found = [violation(side, one, settings) for side, one in zip(("baseline", "candidate"), placed, strict=True)]
+        violations = tuple(reason for reason in found if reason is not None)
+        return Measurement(first, second, ratios, violations, _notes(settings, memory, profiled))
 
 
 onnxruntime_target = OnnxRuntimeTarget()
@@ -123,8 +133,14 @@ def validate_files(
     evaluation: Dataset | None,
     metric: Metric,
     progress: Progress | None = None,
+    adopt_batch: bool = False,
+    time_limit: float | None = None,
+    memory_limit_mib: int | None = None,
 ) -> Report:
     """Measure a candidate file against a baseline file on every target, and judge it by a budget.
+
+    Nothing is known of the files, so each is tried in a process with limits before anything else is done with it; a file whose runs take long
+    is run less often.
 
     Args:
         baseline: ONNX file of the network before.
@@ -134,6 +150,9 @@ def validate_files(
         evaluation: labelled examples; None reports agreement on seeded inputs instead of accuracy.
         metric: computed on the evaluation data.
         progress: told of every step.
+        adopt_batch: take the batch size that the files fix instead of refusing another.
+        time_limit: seconds that runs may take per target and per first try; None lets the limit grow with the files.
+        memory_limit_mib: MiB that a file may take at the first try; None lets the limit grow with the file.
 
     Returns:
         The report; nothing is written.
@@ -144,79 +163,110 @@ def validate_files(
     start = time.perf_counter()
     for settings in targets:
         onnxruntime_target.check(settings)
+    files = (read_artifact(baseline), read_artifact(candidate))
+    measured = [
+        _vetted(files, settings, adopt_batch=adopt_batch, time_limit=time_limit, memory_limit_mib=memory_limit_mib)
+        for settings in targets
+    ]
     report = prove(
-        read_artifact(baseline),
-        read_artifact(candidate),
-        [(onnxruntime_target, settings) for settings in targets],
+        *files,
+        [(target, settings) for target, settings, _ in measured],
         budget=budget,
         evaluation=evaluation,
         metric=metric,
         seed=SEED,
         progress=progress,
     )
+    report.notes += [note for _, _, notes in measured for note in notes]
     report.seconds = time.perf_counter() - start
     return report
 
 
-@dataclass(frozen=True)
-class _Placement:
-    """Which providers a file's nodes were assigned to."""
+def _vetted(
+    files: tuple[Artifact, Artifact],
+    settings: TargetSettings,
+    *,
+    adopt_batch: bool,
+    time_limit: float | None,
+    memory_limit_mib: int | None,
+) -> tuple[OnnxRuntimeTarget, TargetSettings, list[str]]:
+    """Try both files on a target; return how to measure them within the time, and what was changed for that."""
+    slowest, notes = 0.0, []
+    for artifact in files:
+        limits = limits_for(artifact, seconds=time_limit, memory_mib=memory_limit_mib)
+        vetted = vet_file(artifact, settings, limits, adopt_batch=adopt_batch, seed=SEED)
+        adopt_batch = False
+        if vetted.sequence_length is not None and settings.sequence_length is None:
+            notes.append(
+                f"dynamic axes other than the batch are {vetted.sequence_length} long, since {artifact.path.name} does not run at 16; "
+                "`--sequence-length` sets another length"
+            )
+        settings = settings.model_copy(
+            update={
+                "batch_size": vetted.batch_size,
+                "sequence_length": settings.sequence_length or vetted.sequence_length,
+            }
+        )
+        slowest = max(slowest, vetted.run_ms)
+    allowed = time_limit if time_limit is not None else 12 + 60 * max(file.artifact_bytes for file in files) / 2**20
+    schedule = fit_schedule(settings, SEEDED_EXAMPLES, slowest, allowed)
+    return OnnxRuntimeTarget(schedule.examples), schedule.settings, notes + list(schedule.notes)
 
-    obtained: str
-    nodes: dict[str, int] | None
 
-
-def _inspect(
-    baseline: Artifact, candidate: Artifact, settings: TargetSettings, evaluation: Dataset | None, metric: Metric
-) -> tuple[Comparison | None, float | None, list[_Placement]]:
-    """Return the metric's comparison where there are labels, else the agreement of the outputs; and where both ran."""
-    options = SessionOptions(settings.provider, settings.threads, settings.options, record_assignment=True)
+def _compare(
+    baseline: Artifact,
+    candidate: Artifact,
+    settings: TargetSettings,
+    evaluation: Dataset | None,
+    metric: Metric,
+    examples: int,
+) -> tuple[Comparison | None, dict[str, float] | None]:
+    """Return the metric's comparison where there are labels, else the agreement of the outputs."""
+    options = SessionOptions(settings.provider, settings.threads, settings.options)
     before, after = Session(baseline.path, options), Session(candidate.path, options)
-    comparison, agreed = None, None
-    if evaluation is None:
-        agreed = agreement(before, after, batch_size=settings.batch_size, seed=SEED)
-    elif evaluation.labels is None:
-        agreed = agreement(before, after, inputs=evaluation.inputs, batch_size=settings.batch_size)
-    else:
-        comparison = compare_accuracy(before, after, evaluation, metric, batch_size=settings.batch_size)
-    placed = [_Placement(session.provider_obtained(), session.nodes_per_provider()) for session in (before, after)]
-    return comparison, agreed, placed
+    if evaluation is not None and evaluation.labels is not None:
+        return compare_accuracy(before, after, evaluation, metric, batch_size=settings.batch_size), None
+    inputs = None if evaluation is None else evaluation.inputs
+    agreed = agreement(
+        before,
+        after,
+        inputs=inputs,
+        batch_size=settings.batch_size,
+        length=settings.sequence_length,
+        examples=examples,
+        seed=SEED,
+    )
+    return None, agreed
+
+
+def _notes(
+    settings: TargetSettings, memory: Sequence[MemoryFigures], profiled: Sequence[int | None]
+) -> tuple[str, ...]:
+    """Say why a figure is missing or approximate."""
+    notes = [f"memory on {settings.provider}: {memory[0].reason}"] if memory[0].reason else []
+    if None in profiled:
+        notes.append(
+            f"activations were not profiled: onnxruntime {onnxruntime_version()} does not count the arena of "
+            f"{settings.provider} (it does since 1.28, on the CPU)"
+        )
+    return tuple(notes)
 
 
 def _figures(
-    settings: TargetSettings, placed: _Placement, latency: LatencyFigures, memory: MemoryFigures, profiled: int | None
+    settings: TargetSettings, placed: Placement, latency: LatencyFigures, memory: MemoryFigures, profiled: int | None
 ) -> TargetFigures:
     return TargetFigures(
         provider=settings.provider,
         provider_obtained=placed.obtained,
         threads=settings.threads,
         batch_size=settings.batch_size,
+        sequence_length=settings.sequence_length,
         latency_ms=latency.latency,
         session_ms=latency.session_ms,
         first_run_ms=latency.first_run_ms,
         peak_memory_bytes=memory.peak_memory_bytes,
         resident_memory_bytes=memory.resident_memory_bytes,
         activation_bytes_profiled=profiled,
-        nodes_per_provider=placed.nodes,
+        nodes_per_provider=None if placed.nodes is None else dict(placed.nodes),
+        time_per_provider=None if placed.time is None else dict(placed.time),
     )
-
-
-def _violations(side: str, figures: TargetFigures) -> list[str]:
-    """Return why no claim about a provider can stand: it did not run the file, or not all of it."""
-    if figures.provider_obtained != figures.provider:
-        return [f"the {side} was asked to run on {figures.provider} but ran on {figures.provider_obtained}"]
-    nodes = figures.nodes_per_provider
-    if nodes is None:
-        return (
-            []
-            if figures.provider == "CPUExecutionProvider"
-            else [f"this onnxruntime does not tell where the nodes of the {side} ran"]
-        )
-    elsewhere = {name: count for name, count in nodes.items() if name != figures.provider}
-    if not elsewhere:
-        return []
-    listed = ", ".join(f"{count} on {name}" for name, count in sorted(elsewhere.items()))
-    return [
-        f"{sum(elsewhere.values())} of {sum(nodes.values())} nodes of the {side} did not run on {figures.provider}: "
-        f"{listed}"
-    ]

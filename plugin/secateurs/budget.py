@@ -1,7 +1,8 @@
 """Budgets: hard ceilings on what ships, and the verdict over them.
 
-A row fails when the measured value breaks its limit, and is undecided when the noise does not allow to say. Accuracy is gated on the point
-drop unless `accuracy_confidence` asks for a statistical gate. A limit on something that was not measured is undecided, never passed.
+A row fails when the measured value breaks its limit, and is undecided, which is no pass, when the noise does not allow to say. Accuracy is
+gated on the point drop unless `accuracy_confidence` asks for a statistical gate. A limit on something that was not measured is undecided,
+never passed.
 """
 
 from __future__ import annotations
@@ -80,12 +81,14 @@ def judge(budget: Budget, candidate: Side, ratios: Ratios) -> list[BudgetRow]:
 def _target_rows(
     budget: Budget, label: str | None, figures: TargetFigures | None, ratios: TargetRatios
 ) -> list[BudgetRow | None]:
-    latency = figures.latency_ms.p50 if figures and figures.latency_ms else None
+    latency = figures.latency_ms if figures else None
+    typical = None if latency is None else Estimate(value=latency.p50, ci95=latency.p50_ci95)
+    processes = None if latency is None else latency.processes
     peak = figures.peak_memory_bytes if figures else None
     return [
         accuracy_row(budget, label, ratios),
-        _interval_row("latency_ratio", label, budget.latency_ratio, ratios.latency_p50),
-        _row("latency_ms", label, budget.latency_ms, latency),
+        _interval_row("latency_ratio", label, budget.latency_ratio, ratios.latency_p50, processes),
+        _interval_row("latency_ms", label, budget.latency_ms, typical, processes),
         _row("peak_memory_mib", label, budget.peak_memory_mib, _scaled(peak, MIB)),
         _row("peak_memory_ratio", label, budget.peak_memory_ratio, ratios.peak_memory),
     ]
@@ -103,15 +106,24 @@ def _row(name: str, target: str | None, limit: float | None, measured: float | N
     return BudgetRow(name=name, target=target, limit=limit, measured=measured, status=status, reason=reason)
 
 
-def _interval_row(name: str, target: str | None, limit: float | None, measured: Estimate | None) -> BudgetRow | None:
+def _interval_row(
+    name: str, target: str | None, limit: float | None, measured: Estimate | None, processes: int | None
+) -> BudgetRow | None:
     """Decide by the interval: pass if all of it is allowed, fail if none of it is, else undecided."""
     if limit is None or measured is None:
         return _row(name, target, limit, None)
     low, high = measured.ci95 or (measured.value, measured.value)
     status: Status = "pass" if high <= limit else "fail" if low > limit else "undecided"
-    reason = "the limit lies inside the 95 % interval: measure with more processes" if status == "undecided" else None
+    over = "" if processes is None else f" over {processes} processes"
+    reason = f"the limit lies inside the 95 % interval{over}: raise `max_processes`, or quieten the machine"
     return BudgetRow(
-        name=name, target=target, limit=limit, measured=measured.value, ci95=(low, high), status=status, reason=reason
+        name=name,
+        target=target,
+        limit=limit,
+        measured=measured.value,
+        ci95=(low, high),
+        status=status,
+        reason=reason if status == "undecided" else None,
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from secateurs.budget import Budget, judge, verdict
 from secateurs.data import Dataset
 from secateurs.interfaces import Artifact, Metric, ProgressEvent, Target, ratio
-from secateurs.report import Environment, Estimate, Ratios, Report, Side, TargetFigures
+from secateurs.report import Environment, Estimate, LatencyRatio, Ratios, Report, Side, TargetFigures
 from secateurs.settings import TargetSettings
 
 __all__ = ["Structure", "environment", "prove"]
@@ -117,13 +117,17 @@ def _side(artifact: Artifact, figures: list[TargetFigures], structure: Structure
 
 def _latency_decided(budget: Budget) -> Callable[[Estimate], bool]:
     def decided(estimate: Estimate) -> bool:
-        limit = budget.latency_ratio
-        if limit is None or estimate.ci95 is None:
-            return True
-        low, high = estimate.ci95
-        return high <= limit or low > limit
+        typical = estimate.candidate_ms if isinstance(estimate, LatencyRatio) else None
+        return _settled(budget.latency_ratio, estimate) and _settled(budget.latency_ms, typical)
 
     return decided
+
+
+def _settled(limit: float | None, estimate: Estimate | None) -> bool:
+    """Return whether a limit lies outside an interval, so that more repeats would hardly change the verdict."""
+    if limit is None or estimate is None or estimate.ci95 is None:
+        return True
+    return not estimate.ci95[0] <= limit < estimate.ci95[1]
 
 
 def environment(seed: int, threads: int) -> Environment:

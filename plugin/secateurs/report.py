@@ -24,6 +24,7 @@ __all__ = [
     "Environment",
     "Estimate",
     "Latency",
+    "LatencyRatio",
     "Pairs",
     "Parity",
     "PassRecord",
@@ -79,6 +80,12 @@ class Estimate(_Form):
 
     value: float
     ci95: tuple[float, float] | None = None
+
+
+class LatencyRatio(Estimate):
+    """A ratio of latencies with the candidate's own latency, milliseconds: what a budget may ask about while it is measured."""
+
+    candidate_ms: Estimate | None = None
 
 
 class Accuracy(_Form):

@@ -139,16 +139,16 @@ def test_unlabelled_data_has_no_metric(files):
 def test_agreement(files, tmp_path):
     (before, after), data, scores_before, scores_after = files
     expected = (scores_before.argmax(1) == scores_after.argmax(1)).mean()
-    assert agreement(before, after, inputs=data.inputs) == pytest.approx(expected)
-    assert agreement(before, before) == 1.0
-    assert 0 < agreement(before, after) < 1
+    assert agreement(before, after, inputs=data.inputs) == {"y": pytest.approx(expected)}
+    assert agreement(before, before) == {"y": 1.0}
+    assert 0 < agreement(before, after)["y"] < 1
     assert agreement(before, after) == agreement(before, after)
 
 
 def test_agreement_of_values_is_within_a_tolerance(tmp_path):
     column = np.ones((4, 1))
     first, near, far = (session(tmp_path / f"{scale}.onnx", column * scale) for scale in (1, 1.001, 2))
-    assert agreement(first, near) == 1.0
-    assert agreement(first, far) < 0.2
+    assert agreement(first, near) == {"y": 1.0}
+    assert agreement(first, far)["y"] < 0.2
     with pytest.raises(DataError, match="same task"):
         agreement(first, session(tmp_path / "other.onnx", np.ones((4, 3))))

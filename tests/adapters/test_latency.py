@@ -95,11 +95,17 @@ def test_the_interval_is_scipys(logs):
 
 
 @settings(deadline=None)
-@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=250))
-def test_percentiles_only_where_there_are_runs_beyond_them(samples):
-    found = latency_summary(samples)
-    assert found.n == len(samples)
+@given(st.lists(st.lists(st.floats(0.01, 100), min_size=2, max_size=60), min_size=1, max_size=6))
+def test_percentiles_only_where_there_are_runs_beyond_them(processes):
+    found = latency_summary(processes)
+    samples = [sample for process in processes for sample in process]
+    assert (found.n, found.processes) == (len(samples), len(processes))
     assert found.p50 == pytest.approx(np.median(samples))
     assert (found.p95 is None) == (len(samples) < 40)
     assert (found.p99 is None) == (len(samples) < 200)
     assert found.cv == pytest.approx(np.std(samples, ddof=1) / np.mean(samples), abs=1e-12)
+    assert (found.p50_ci95 is None) == (len(processes) == 1)
+    if len(processes) > 1:
+        logs = np.log([np.median(process) for process in processes])
+        half = stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)
+        assert found.p50_ci95 == pytest.approx((np.exp(logs.mean() - half), np.exp(logs.mean() + half)), rel=1e-6)
