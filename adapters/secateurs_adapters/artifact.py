@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from secateurs.report import write_text
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["graph_signature", "read_artifact", "sidecar_path", "write_sidecar"]
+__all__ = ["graph_signature", "placed", "read_artifact", "sidecar_path", "write_sidecar"]
 
 _NEXT = "give an .onnx file, for example one written by `secateurs run`."
 _PACKAGES = ("secateurs", "onnx", "onnxruntime", "onnxscript", "optimum", "optimum-onnx", "torch", "transformers")
@@ -56,6 +57,23 @@ def read_artifact(path: Path) -> Artifact:
         sha256={file.relative_to(path.parent).as_posix(): _sha256(file) for file in files},
         ir_version=int(model.ir_version),
     )
+
+
+def placed(written: Path, path: Path, **about: Any) -> Artifact:
+    """Move a finished file, with its external data, to where it belongs, and describe it.
+
+    Args:
+        written: the main file, in a temporary folder of the same file system.
+        path: where it goes.
+        about: further attributes of the description.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    # The data goes first: a main file never names weights that are not there.
+    for file in reversed(read_artifact(written).files):
+        file.replace(path.parent / file.relative_to(written.parent))
+    return replace(read_artifact(path), **about)
 
 
 def graph_signature(path: Path) -> dict[str, list[dict[str, Any]]]:

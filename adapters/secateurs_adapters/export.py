@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from secateurs.errors import DataError, ExportError
 from secateurs.forward import tensors
-from secateurs_adapters.artifact import read_artifact, write_sidecar
+from secateurs_adapters.artifact import placed, read_artifact, write_sidecar
 from secateurs_adapters.export_settings import DynamoSettings
-from secateurs_adapters.parity import at_length, check_parity, network_outputs, sequence_inputs
+from secateurs_adapters.parity import check_parity, network_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -42,7 +42,6 @@ CHECKED_BATCHES = (1, 3)
 """Batch sizes of the parity check; a file that fixed the traced size, or the special size 1, fails at one of them."""
 SINGLE_FILE_BYTES = 1_500_000_000
 """Weights beyond this go to a second file; protobuf ends at 2 GB."""
-_NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def export_checked(
         except ExportError as error:
             if attempt is tries[-1]:
                 raise
-            notes = (f"the sequence length is fixed at {_length(data)}, as with a free one {error}",)
+            notes = (f"the sequence length is fixed at {data.length}, as with a free one {error}",)
     raise AssertionError
 
 
@@ -136,10 +135,7 @@ def _attempt(
                 f"{found.opset}`, or the default 20."
             )
         parity = check_parity(written, network, data, CHECKED_BATCHES, lengths=lengths, by_name=by_name)
-        # The data goes first: a main file never names weights that are not there.
-        for file in reversed(found.files):
-            file.replace(path.parent / file.relative_to(folder))
-    artifact = replace(read_artifact(path), exporter=exporter, parity=parity, notes=(*said, *notes))
+        artifact = placed(written, path, exporter=exporter, parity=parity, notes=(*said, *notes))
     write_sidecar(artifact)
     return artifact
 
@@ -197,7 +193,7 @@ dynamo = DynamoExporter()
 
 def _traced(network: nn.Module, data: Dataset, free_length: bool) -> Traced:
     rows = data.take(np.arange(TRACED_BATCH) % len(data))
-    longer = sequence_inputs(data) if free_length else ()
+    longer = data.sequences if free_length else ()
     return Traced(
         network=network,
         # Another layout (images read channels last) would be traced into the graph, as gathers that no device needs.
@@ -208,25 +204,20 @@ def _traced(network: nn.Module, data: Dataset, free_length: bool) -> Traced:
     )
 
 
-def _length(data: Dataset) -> int:
-    names = sequence_inputs(data)
-    return data.inputs[names[0]].shape[1] if names else 0
-
-
 def _free_lengths(network: nn.Module, data: Dataset, sequence: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Return the lengths at which a free length is to be proved, none where it is fixed, and what to say about that.
 
     Raises:
         ExportError: a free length is asked for, and the network has none.
     """
-    length = _length(data)
-    if sequence == "fixed" or length < 3:
+    length = data.length
+    if sequence == "fixed" or length is None or length < 3:
         return (), ()
     found: list[int] = []
     for other in (length + 3, length // 2 + 1, length - 1, length + 1):
         if other not in (length, *found) and len(found) < len(CHECKED_BATCHES):
             with contextlib.suppress(ExportError):
-                network_outputs(network, at_length(data.take([0]), other))
+                network_outputs(network, data.take([0]).at_length(other))
                 found.append(other)
     if len(found) == len(CHECKED_BATCHES):
         return tuple(found), ()
@@ -281,20 +272,18 @@ def _read(path: Path) -> Artifact:
 @contextlib.contextmanager
 def quiet() -> Iterator[list[warnings.WarningMessage]]:
     """Keep an exporter's progress and advice off the terminal, and yield the list of its warnings."""
-    loggers = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
-    with (
-        warnings.catch_warnings(record=True) as caught,
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("always")
-        try:
-            for name in loggers:
-                logging.getLogger(name).setLevel(logging.CRITICAL)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("always")
             yield caught
-        finally:
-            for name, level in loggers.items():
-                logging.getLogger(name).setLevel(level)
+    finally:
+        logging.disable(disabled)
 
 
 def explained(error: Exception) -> str:

@@ -7,7 +7,7 @@ running the file at sizes other than the ones it was traced with shows it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from secateurs.data import Dataset
 
-__all__ = ["TOLERANCE", "at_length", "check_parity", "network_outputs", "resample", "sequence_inputs"]
+__all__ = ["TOLERANCE", "check_parity", "network_outputs", "resample"]
 
 Array = npt.NDArray[Any]
 
@@ -97,7 +97,7 @@ def check_parity(
         batch = resample(example, size, seed + index)
         where = f"batch size {size}"
         if lengths:
-            batch, where = at_length(batch, lengths[index]), f"{where} and sequence length {lengths[index]}"
+            batch, where = batch.at_length(lengths[index]), f"{where} and sequence length {lengths[index]}"
         expected = network_outputs(model, batch, session.outputs if by_name else None)
         try:
             obtained = session.run(session.feeds(batch.inputs))
@@ -114,33 +114,6 @@ def resample(example: Dataset, size: int, seed: int) -> Dataset:
     """Return `size` examples drawn from `example`: without replacement while they last."""
     generator = np.random.default_rng(seed)
     return example.take(generator.choice(len(example), size, replace=size > len(example)))
-
-
-def sequence_inputs(data: Dataset) -> tuple[str, ...]:
-    """Return the inputs whose second axis counts positions; none where there are no tokens.
-
-    These are the attention mask and all inputs of its length, and without a mask all matrices of integers, if they
-    are of one length.
-    """
-    tokens = data.tokens
-    if tokens is not None:
-        return tuple(name for name, array in data.inputs.items() if array.shape[:2] == tokens.shape)
-    found = {
-        name: array.shape[1] for name, array in data.inputs.items() if array.ndim == 2 and array.dtype.kind in "iu"
-    }
-    return tuple(found) if len(set(found.values())) == 1 else ()
-
-
-def at_length(data: Dataset, length: int) -> Dataset:
-    """Return the examples with sequences of `length` positions: cut, or repeated from the start; no mask is left empty."""
-    cut = {}
-    for name in sequence_inputs(data):
-        array = data.inputs[name]
-        cut[name] = array[:, np.arange(length) % array.shape[1]]
-    mask = cut.get("attention_mask")
-    if mask is not None:
-        mask[~mask.any(axis=1)] = 1
-    return replace(data, inputs={**data.inputs, **cut})
 
 
 def network_outputs(model: nn.Module, batch: Dataset, names: Sequence[str] | None = None) -> list[Tensor]:

@@ -14,7 +14,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from secateurs.interfaces import CostModel, DatasetLoader, Exporter, Metric, ModelLoader, StructureCostModel, Target
+    from torch import nn
+
+    from secateurs.data import Dataset
+    from secateurs.interfaces import (
+        Converter,
+        CostModel,
+        DatasetLoader,
+        Exporter,
+        Metric,
+        ModelLoader,
+        StructureCostModel,
+        Target,
+    )
+    from secateurs.plan import Plan
     from secateurs.registry import Registrar
     from secateurs.report import Report
 
@@ -99,6 +112,22 @@ def secateurs_register_targets(register: Registrar[Target]) -> None:
 def secateurs_register_metrics(register: Registrar[Metric]) -> None:
     """Register the metrics."""
     register("accuracy", "secateurs_adapters.metrics:Accuracy", summary="share of examples classified rightly")
+@hookimpl
+def secateurs_register_converters(register: Registrar[Converter]) -> None:
+    """Register what makes other files of an exported one."""
+    register("fixed-shapes", "secateurs_adapters.fixed:FixedShapes", summary="every shape fixed, for accelerators")
+    register(
+        "quantise-static",
+        "secateurs_adapters.quantize:StaticQuantiser",
+        summary="8 bits, ranges of activations from calibration data",
+    )
+    register(
+        "quantise-dynamic",
+        "secateurs_adapters.quantize:DynamicQuantiser",
+        summary="8-bit weights, ranges of activations at run time",
+    )
+
+
     register(
         "top5-accuracy",
         "secateurs_adapters.metrics:TopFiveAccuracy",

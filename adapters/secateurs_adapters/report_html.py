@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from secateurs.report import write_text
-from secateurs.tables import TRIAL_HEADINGS, figure_rows, trial_rows
+from secateurs.tables import TRIAL_HEADINGS, VARIANT_HEADINGS, figure_rows, trial_rows, variant_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,6 +43,13 @@ code { overflow-wrap: anywhere; }
 <td class="number">{{ row.candidate }}</td><td class="number">{{ row.ratio }}</td><td class="number">{{ row.budget }}</td>
 <td class="{{ row.status or '' }}">{{ row.status or '' }}</td></tr>
 {% endfor %}</tbody></table></div>
+{% if variants %}<h2>Pruning and quantisation</h2>
+<p>Each file measured beside the dense one, on the first target.</p>
+<div class="scroll"><table>
+<thead><tr>{% for heading in variant_headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in variants %}<tr>{% for cell in row %}<td class="number">{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>{% endif %}
 {% if trials %}<h2>Search</h2>
 <p>The networks that were tried, judged on validation data before any training at the end. Costs are ratios to the baseline.</p>
 <div class="scroll"><table>
@@ -82,7 +89,12 @@ def render(report: Report) -> str:
     for record in data["passes"]:
         record["details"].setdefault("cka", None)
     return environment.from_string(_TEMPLATE).render(
-        report=data, rows=figure_rows(report), trials=trial_rows(report.trials), trial_headings=TRIAL_HEADINGS
+        report=data,
+        rows=figure_rows(report),
+        trials=trial_rows(report.trials),
+        trial_headings=TRIAL_HEADINGS,
+        variants=variant_rows(report.variants),
+        variant_headings=VARIANT_HEADINGS,
     )
 
 

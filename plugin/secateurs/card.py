@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from secateurs.recipe import Recipe
-from secateurs.report import Report, Trial
-from secateurs.tables import TRIAL_HEADINGS, figure_rows, trial_rows
+from secateurs.report import Report, Trial, Variant
+from secateurs.tables import TRIAL_HEADINGS, VARIANT_HEADINGS, figure_rows, trial_rows, variant_rows
 
 __all__ = ["model_card"]
 
@@ -27,7 +27,7 @@ Verdict: **{report.verdict}**{"".join(f" ({reason})" for reason in report.reason
 | | baseline | candidate | ratio | budget | verdict |
 |---|---|---|---|---|---|
 {rows}
-
+{_variants(report.variants)}
 ## How it was made
 
 {passes}
@@ -36,10 +36,37 @@ Network: `{recipe.model.loader}: {recipe.model.value}`. The resolved recipe is `
 
 ## How to use it
 
-`model.onnx` runs on onnxruntime by itself. The torch network is rebuilt without pickle:
+`{report.candidate.file or "model.onnx"}` runs on onnxruntime by itself{_opset(report)}. The torch network is rebuilt without pickle:
 
-    import secateurs
-    model = secateurs.load("FOLDER", build=MyNetwork)  # MyNetwork() returns the original structure
+    {_loading(recipe)}
+"""
+
+
+def _loading(recipe: Recipe) -> str:
+    """Return the lines that rebuild the torch network."""
+    if recipe.model.loader == "hf":
+        return 'from secateurs_adapters.hf_models import load_pruned\n    model = load_pruned("FOLDER")'
+    return (
+        "import secateurs\n"
+        '    model = secateurs.load("FOLDER", build=MyNetwork)  # MyNetwork() returns the original structure'
+    )
+
+
+def _opset(report: Report) -> str:
+    side = report.candidate
+    return f" (written by {side.exporter}, opset {side.opset})" if side.exporter and side.opset else ""
+
+
+def _variants(variants: Sequence[Variant]) -> str:
+    """Return the model card's table of dense, pruned and quantised files, empty without quantisation."""
+    if not variants:
+        return ""
+    rows = [VARIANT_HEADINGS, ("---",) * len(VARIANT_HEADINGS), *variant_rows(variants)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"""
+Pruning and quantisation, each file measured beside the dense one:
+
+{table}
 """
 
 

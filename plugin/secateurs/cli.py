@@ -26,7 +26,7 @@ from rich.table import Table
 from secateurs import hookimpl, processes
 from secateurs.errors import PluginError, SecateursError, UserError
 from secateurs.manager import Manager, PluginWarning, create_manager
-from secateurs.tables import TRIAL_HEADINGS, figure_rows, trial_rows
+from secateurs.tables import TRIAL_HEADINGS, VARIANT_HEADINGS, figure_rows, trial_rows, variant_rows
 
 if TYPE_CHECKING:
     from secateurs.interfaces import ProgressEvent
@@ -194,6 +194,11 @@ def _print_report(report: Report, output: Path) -> None:
     if report.trials:
         _out.print(_trial_table(report.trials))
     _out.print(report_table(report))
+    if report.variants:
+        table = Table(*VARIANT_HEADINGS, title="pruning and quantisation, each file beside the dense one")
+        for one in variant_rows(report.variants):
+            table.add_row(*one)
+        _out.print(table)
     for record in report.passes:
         certificate = record.certificate
         proof = (

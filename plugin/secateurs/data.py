@@ -131,6 +131,33 @@ class Dataset:
         mask = self.inputs.get("attention_mask")
         return mask.astype(bool) if mask is not None and mask.ndim == 2 else None
 
+    @property
+    def sequences(self) -> tuple[str, ...]:
+        """The inputs whose second axis counts positions; none where there are no tokens.
+
+        These are the attention mask and all inputs of its length; without a mask all matrices of integers, if they are of one length.
+        """
+        tokens = self.tokens
+        if tokens is not None:
+            return tuple(name for name, array in self.inputs.items() if array.shape[:2] == tokens.shape)
+        found = {
+            name: array.shape[1] for name, array in self.inputs.items() if array.ndim == 2 and array.dtype.kind in "iu"
+        }
+        return tuple(found) if len(set(found.values())) == 1 else ()
+
+    @property
+    def length(self) -> int | None:
+        """Positions of its sequences; None where there are none."""
+        return self.inputs[self.sequences[0]].shape[1] if self.sequences else None
+
+    def at_length(self, length: int) -> Dataset:
+        """Return the examples with sequences of `length` positions: cut, or repeated from the start; no mask is left empty."""
+        cut = {name: self.inputs[name][:, np.arange(length) % self.inputs[name].shape[1]] for name in self.sequences}
+        mask = cut.get("attention_mask")
+        if mask is not None:
+            mask[~mask.astype(bool).any(axis=1)] = 1
+        return replace(self, inputs={**self.inputs, **cut})
+
     def fingerprints(self) -> list[bytes]:
         """Return one 16-byte content hash per example, over all inputs; labels do not count."""
         digests = [hashlib.blake2b(digest_size=16) for _ in range(len(self))]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from secateurs.blocks import Block
     from secateurs.interfaces import (
         CostModel,
+        Converter,
         DatasetLoader,
         Exporter,
         Metric,
@@ -60,6 +61,11 @@ def secateurs_register_exporters(register: Registrar[Exporter]) -> None:
 
 @hookspec
 def secateurs_register_targets(register: Registrar[Target]) -> None:
+@hookspec
+def secateurs_register_converters(register: Registrar[Converter]) -> None:
+    """At start-up: register converters of exported files; `quantise-NAME` is what `quantise.mode: NAME` asks for."""
+
+
     """At start-up: register targets under the names of the execution providers that they measure on."""
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Artifact",
+    "Converter",
     "CostModel",
     "DatasetLoader",
     "Exporter",
@@ -138,6 +139,23 @@ class Exporter(Protocol):
 
         Raises:
             ExportError: it cannot be exported, the opset is not the one asked for, or the file disagrees with the network.
+        """
+
+
+class Converter(Protocol):
+    """Makes another file of an exported one: with fixed shapes, or quantised."""
+
+    def __call__(self, artifact: Artifact, path: Path, *, settings: Any, examples: Dataset) -> Artifact:
+        """Convert a file and check what was written.
+
+        Args:
+            artifact: the file; it is not changed.
+            path: where the other goes; written whole or not at all.
+            settings: `EdgeSettings` for `fixed-shapes`, `QuantiseSettings` for `quantise-...`.
+            examples: calibration data.
+
+        Raises:
+            ExportError: it cannot be converted, or does not run.
         """
 
 

@@ -20,7 +20,16 @@ from secateurs.passes import builtin
 from secateurs.registry import Registrar, Registry
 
 if TYPE_CHECKING:
-    from secateurs.interfaces import CostModel, DatasetLoader, Exporter, Metric, ModelLoader, StructureCostModel, Target
+    from secateurs.interfaces import (
+        Converter,
+        CostModel,
+        DatasetLoader,
+        Exporter,
+        Metric,
+        ModelLoader,
+        StructureCostModel,
+        Target,
+    )
     from secateurs.passes.base import Pass
 
 __all__ = ["Manager", "PluginWarning", "Registries", "create_manager"]
@@ -41,6 +50,7 @@ class Registries:
     models: Registry[ModelLoader] = field(default_factory=lambda: Registry("model loader"))
     datasets: Registry[DatasetLoader] = field(default_factory=lambda: Registry("data source"))
     exporters: Registry[Exporter] = field(default_factory=lambda: Registry("exporter"))
+    converters: Registry[Converter] = field(default_factory=lambda: Registry("converter"))
     targets: Registry[Target] = field(default_factory=lambda: Registry("provider"))
     metrics: Registry[Metric] = field(default_factory=lambda: Registry("metric"))
     cost_models: Registry[CostModel | StructureCostModel] = field(default_factory=lambda: Registry("cost model"))

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from secateurs.budget import Budget, judge, verdict
 from secateurs.data import Dataset
-from secateurs.interfaces import Artifact, Metric, ProgressEvent, Target, ratio
+from secateurs.interfaces import Artifact, Measurement, Metric, ProgressEvent, Target, ratio
 from secateurs.report import Environment, Estimate, LatencyRatio, Ratios, Report, Side, TargetFigures
 from secateurs.settings import TargetSettings
 
-__all__ = ["Structure", "environment", "prove"]
+__all__ = ["Compared", "Structure", "compare", "environment", "prove"]
 
 _PACKAGES = (
     "secateurs",
@@ -69,6 +69,53 @@ def prove(
     Returns:
         The report, without passes.
     """
+    found = compare(
+        baseline,
+        candidate,
+        targets,
+        evaluation=evaluation,
+        metric=metric,
+        structures=structures,
+        decided=_latency_decided(budget),
+        progress=progress,
+    )
+    rows = judge(budget, found.after, found.ratios)
+    every = [*reasons, *(reason for one in found.measured for reason in one.violations)]
+    return Report(
+        verdict=verdict(rows, every),
+        reasons=every,
+        baseline=found.before,
+        candidate=found.after,
+        ratios=found.ratios,
+        parity=candidate.parity,
+        budget=rows,
+        notes=list(dict.fromkeys(note for one in found.measured for note in one.notes)),
+        environment=environment(seed, targets[0][1].threads if targets else 1),
+    )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Two files measured beside each other: both sides, the ratios, and what each target said."""
+
+    before: Side
+    after: Side
+    ratios: Ratios
+    measured: list[Measurement]
+
+
+def compare(
+    baseline: Artifact,
+    candidate: Artifact,
+    targets: Sequence[tuple[Target, TargetSettings]],
+    *,
+    evaluation: Dataset | None,
+    metric: Metric,
+    structures: tuple[Structure, Structure] | None = None,
+    decided: Callable[[Estimate], bool] | None = None,
+    progress: Callable[[ProgressEvent], None] | None = None,
+) -> Compared:
+    """Measure both files on every target; arguments as for `prove`, `decided` as for `Target.measure`."""
     found = [
         target.measure(
             baseline,
@@ -76,7 +123,7 @@ def prove(
             settings,
             evaluation=evaluation,
             metric=metric,
-            decided=_latency_decided(budget),
+            decided=decided,
             progress=progress,
         )
         for target, settings in targets
@@ -89,23 +136,14 @@ def prove(
         artifact_bytes=ratio(after.artifact_bytes, before.artifact_bytes),
         targets=[one.ratios for one in found],
     )
-    rows = judge(budget, after, ratios)
-    every = [*reasons, *(reason for one in found for reason in one.violations)]
-    return Report(
-        verdict=verdict(rows, every),
-        reasons=every,
-        baseline=before,
-        candidate=after,
-        ratios=ratios,
-        parity=candidate.parity,
-        budget=rows,
-        notes=list(dict.fromkeys(note for one in found for note in one.notes)),
-        environment=environment(seed, targets[0][1].threads if targets else 1),
-    )
+    return Compared(before, after, ratios, found)
 
 
 def _side(artifact: Artifact, figures: list[TargetFigures], structure: Structure | None) -> Side:
     return Side(
+        file=artifact.path.name,
+        exporter=artifact.exporter or None,
+        opset=artifact.opset,
         params=None if structure is None else structure.params,
         macs=None if structure is None else structure.macs,
         weight_bytes=artifact.weight_bytes,

@@ -19,7 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from secateurs.budget import Budget, parse_budget
 from secateurs.data import ROLES
 from secateurs.errors import RecipeError, UserError, unknown_name
-from secateurs.settings import ExportSettings, RecoverySettings, SearchSettings, TargetSettings
+from secateurs.settings import (
+    EdgeSettings,
+    ExportSettings,
+    QuantiseSettings,
+    RecoverySettings,
+    SearchSettings,
+    TargetSettings,
+)
 
 __all__ = ["DataSpec", "ModelSpec", "PassSpec", "Recipe", "load_recipe", "parse_pass", "parse_recipe", "settings_from"]
 
@@ -72,6 +79,7 @@ class Recipe(_Section):
 
     @field_validator("data")
     @classmethod
+    quantise: QuantiseSettings | None = None
     def _known_roles(cls, value: dict[str, DataSpec]) -> dict[str, DataSpec]:
         for role in value:
             if role not in ROLES:
@@ -105,6 +113,7 @@ class Recipe(_Section):
         }
         return yaml.safe_dump(body, sort_keys=False, width=120)
 
+            **({} if self.quantise is None else {"quantise": self.quantise.model_dump(mode="json")}),
     def digest(self) -> str:
         """Return a hash of everything in the recipe, and of the weights file, that determines the result."""
         hashed = hashlib.sha256(json.dumps(yaml.safe_load(self.to_yaml()), sort_keys=True).encode())
@@ -134,6 +143,7 @@ class _PlainLoader(yaml.SafeLoader):
     """A safe loader without aliases: a few lines of them expand to more than fits into memory."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+    "quantise",
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise RecipeError(
@@ -210,7 +220,8 @@ def parse_recipe(data: Any, *, folder: Path, overrides: Sequence[str] = ()) -> R
             passes=tuple(parse_pass(item) for item in _list(data["passes"], "passes")),
             search=None if data.get("search") is None else _section(SearchSettings, data["search"], "search"),
             recovery=_section(RecoverySettings, data.get("recovery"), "recovery"),
-            export=_section(ExportSettings, data.get("export"), "export"),
+            export=_export(data.get("export")),
+            quantise=None if data.get("quantise") is None else _section(QuantiseSettings, data["quantise"], "quantise"),
             budget=parse_budget(_mapping(data.get("budget") or {}, "budget")),
             targets=tuple(
                 _section(TargetSettings, item, f"targets.{number}")
@@ -251,6 +262,14 @@ def _explain(error: ValidationError, where: str) -> str:
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
+def _export(value: Any) -> ExportSettings:
+    options = dict(_mapping(value or {}, "export"))
+    if options.get("edge") is not None:
+        options["edge"] = _section(EdgeSettings, options["edge"], "export.edge")
+    settings: ExportSettings = settings_from(ExportSettings, options, "export")
+    return settings
+
+
         raise RecipeError(f"`{where}` must be a mapping, got {value!r}.")
     return value
 

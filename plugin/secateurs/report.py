@@ -40,6 +40,7 @@ __all__ = [
     "write_text",
 ]
 
+    "Variant",
 Status = Literal["pass", "fail", "undecided"]
 
 
@@ -245,6 +246,9 @@ class Trial(_Form):
         plan: file of its plan, inside the output folder.
         seconds: to make and judge it.
         reasons: why it was not accepted, and what could not be removed.
+    file: str | None = None
+    exporter: str | None = None
+    opset: int | None = None
     """
 
     number: int
@@ -287,6 +291,22 @@ class Parity(_Form):
 
 class BudgetRow(_Form):
     """One ceiling and whether it holds."""
+
+class Variant(_Form):
+    """One of the files that quantisation leads to.
+
+    Attributes:
+        name: `dense`, `pruned`, `quantised`, or `pruned and quantised`.
+        ships: whether the verdict is about this file.
+        side: its figures.
+        ratios: to the dense file, measured beside it; null for the dense file itself.
+    """
+
+    name: str
+    ships: bool
+    side: Side
+    ratios: Ratios | None = None
+
 
     name: str
     target: str | None = None
@@ -357,3 +377,4 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    variants: list[Variant] = Field(default_factory=list)

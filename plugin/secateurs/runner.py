@@ -21,20 +21,20 @@ from torch import nn
 from secateurs import checkpoint, cost, processes
 from secateurs.card import model_card
 from secateurs.data import Dataset, resolve_roles
-from secateurs.errors import DataError, ModelError, RecipeError, UserError
+from secateurs.errors import DataError, ModelError, RecipeError, UserError, unknown_name
 from secateurs.forward import call, inference, output_tensors, trimming
-from secateurs.interfaces import Exporter, Metric, ProgressEvent, Target, width_multiple
+from secateurs.interfaces import Converter, Exporter, Metric, ProgressEvent, Target, width_multiple
 from secateurs.judging import Validation
 from secateurs.manager import Manager
 from secateurs.passes.base import Pass
 from secateurs.pipeline import Outcome, Session, build_pass, recover, run_passes
 from secateurs.plan import Plan
-from secateurs.proof import Structure, prove
 from secateurs.recipe import DataSpec, Recipe, load_recipe, settings_from
 from secateurs.recovery import check_settings
 from secateurs.report import PassRecord, Report, Trial, write_text
 from secateurs.search import Search, prepare_search
 from secateurs.settings import TargetSettings
+from secateurs.shipping import Shipping
 
 __all__ = ["OUTPUTS", "PLANS", "Prepared", "Pruned", "dry_run", "prepare", "run"]
 
@@ -45,10 +45,14 @@ OUTPUTS = (
     "plan.json",
     "model.safetensors",
     "model.onnx",
+    "model.onnx.json",
     "baseline.onnx",
+    "baseline.onnx.json",
     "README.md",
 )
-"""The files of an output folder."""
+"""The files of every output folder."""
+VARIANTS = ("{}.onnx.data", "{}.edge.*", "{}.quantised.*")
+"""What may lie beside `model.onnx` and `baseline.onnx`, by the first part of their names."""
 PLANS = "plans"
 """The folder in it of the plans that a search tried."""
 STATE = ".secateurs"
@@ -65,6 +69,8 @@ class Prepared:
         evaluation: the examples of the verdict, or None.
         metric: of the recipe.
         exporter: of the recipe.
+        edge: fixes the shapes of a file, where the recipe asks for it.
+        quantiser: quantises a file, where the recipe asks for it.
         targets: with their settings; each said that it can measure here.
         manager: of the plugins.
         search: where a pass leaves its target open.
@@ -79,6 +85,15 @@ class Prepared:
     targets: list[tuple[Target, TargetSettings]]
     manager: Manager
     search: Search | None = None
+    edge: Converter | None = None
+    quantiser: Converter | None = None
+
+    @property
+    def shipping(self) -> Shipping:
+        """How the files are made and judged."""
+        return Shipping(
+            self.recipe, self.exporter, self.edge, self.quantiser, self.targets, self.evaluation, self.metric
+        )
 
 
 @dataclass(frozen=True)
@@ -104,6 +119,7 @@ def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent]
     passes = [build_pass(spec, manager) for spec in recipe.passes]
     metric = registries.metrics[recipe.metric].make()
     exporter = _exporter(recipe, manager)
+    edge, quantiser = _converters(recipe, manager)
     targets = [(registries.targets[settings.provider].make(), settings) for settings in recipe.targets]
     for target, settings in targets:
         target.check(settings)
@@ -139,7 +155,9 @@ def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent]
         seed=recipe.seed,
     )
     search = prepare_search(session, passes, manager, recipe.budget, recipe.search)
-    return Prepared(recipe, session, passes, roles.evaluation, metric, exporter, targets, manager, search)
+    return Prepared(
+        recipe, session, passes, roles.evaluation, metric, exporter, targets, manager, search, edge, quantiser
+    )
 
 
 def _exporter(recipe: Recipe, manager: Manager) -> Exporter:
@@ -152,6 +170,23 @@ def _exporter(recipe: Recipe, manager: Manager) -> Exporter:
     make: Any = entry.load()
     exporter: Exporter = make(settings_from(entry.load_settings(), options, "export.options"))
     return exporter
+
+
+def _converters(recipe: Recipe, manager: Manager) -> tuple[Converter | None, Converter | None]:
+    """Return what fixes shapes and what quantises, each where the recipe asks for it."""
+    known, quantise = manager.registries.converters, recipe.quantise
+    edge = None if recipe.export.edge is None else known["fixed-shapes"].make()
+    if quantise is None:
+        return edge, None
+    if "evaluation" not in recipe.data:
+        raise RecipeError(
+            "`quantise` needs an `evaluation` role in `data`: a quantised file does not do exactly what the network does, so that only "
+            "accuracy can judge it."
+        )
+    modes = [entry.name.removeprefix("quantise-") for entry in known if entry.name.startswith("quantise-")]
+    if quantise.mode not in modes:
+        raise RecipeError("`quantise.mode`: " + unknown_name("mode", quantise.mode, modes))
+    return edge, known[f"quantise-{quantise.mode}"].make()
 
 
 def _load_data(spec: DataSpec, role: str, manager: Manager) -> Dataset:
@@ -212,7 +247,7 @@ def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bo
     model = copy.deepcopy(outcome.model)
     if recipe.recovery.epochs and outcome.plan.removes:
         recover(session, model, recipe.recovery, checkpoint=output / STATE / "recovery")
-    report = _on_main(lambda: _prove(prepared, outcome, model, output))
+    report = _on_main(lambda: prepared.shipping.prove(session, outcome, model, output))
     assert report is not None
     report.notes += session.roles.notes
     report.passes = list(outcome.records)
@@ -259,36 +294,6 @@ def dry_run(prepared: Prepared) -> Pruned:
     return Pruned(run_passes(prepared.session, prepared.passes, prepared.manager), [])
 
 
-def _prove(prepared: Prepared, outcome: Outcome, model: nn.Module, output: Path) -> Report:
-    """Export both networks into the output folder and measure the files."""
-    recipe, session = prepared.recipe, prepared.session
-    calibration = session.roles.calibration
-    example = calibration.take(range(min(8, len(calibration))))
-    artifacts = []
-    for number, (network, name) in enumerate(((session.baseline, "baseline.onnx"), (model, "model.onnx"))):
-        session.progress(ProgressEvent("export", number, 2, name))
-        artifacts.append(prepared.exporter(network, example, output / name, opset=recipe.export.opset))
-    one = calibration.take([0])
-    before, after = (
-        Structure(cost.total(cost.parameters(m)), cost.total(cost.macs(m, one))) for m in (session.baseline, model)
-    )
-    reasons = list(outcome.shortfalls)
-    if not outcome.plan.removes:
-        reasons.append("nothing could be pruned; every reason is listed under `passes`")
-    return prove(
-        artifacts[0],
-        artifacts[1],
-        prepared.targets,
-        budget=recipe.budget,
-        evaluation=prepared.evaluation,
-        metric=prepared.metric,
-        seed=recipe.seed,
-        structures=(before, after),
-        reasons=reasons,
-        progress=session.progress,
-    )
-
-
 def _open_folder(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Report | None:
     """Make the output folder ready; return the report if the same recipe has been finished in it and is resumed."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
@@ -312,6 +317,9 @@ def _open_folder(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
     if overwrite:
         for name in OUTPUTS:
             (output / name).unlink(missing_ok=True)
+        for variant in (pattern.format(stem) for pattern in VARIANTS for stem in ("model", "baseline")):
+            for path in output.glob(variant):
+                path.unlink()
         for plan in (output / PLANS).glob("trial-*.json"):
             plan.unlink()
         shutil.rmtree(output / STATE, ignore_errors=True)

@@ -15,12 +15,14 @@ __all__ = [
     "CkaClusterSettings",
     "CkaSegmentSettings",
     "DepthSettings",
+    "EdgeSettings",
     "ExportSettings",
     "LossGreedySettings",
     "MagnitudeSettings",
     "MiNodesSettings",
     "NodeSettings",
     "PassSettings",
+    "QuantiseSettings",
     "RandomBlocksSettings",
     "RecoverySettings",
     "SearchSettings",
@@ -332,7 +334,9 @@ class QuantiseSettings(PassSettings):
         description="static (ranges of activations from calibration data), dynamic (at run time), or a plugin's",
     )
     per_channel: bool = Field(True, description="one scale per output channel of a weight")
-    activations: Literal["int8", "uint8"] = Field("int8", description="type of activations; static only")
+    activations: Literal["int8", "uint8"] = Field(
+        "uint8", description="type of activations, static only: uint8 for CPUs, int8 for GPUs and TensorRT"
+    )
     weights: Literal["int8", "uint8"] = Field("int8", description="type of weights")
     reduce_range: bool = Field(False, description="weights in 7 bits, for x86 processors without VNNI")
     calibrate: Literal["minmax", "entropy", "percentile"] = Field(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from secateurs.report import BudgetRow, Report, Status, TargetFigures, TargetRatios, Trial
+from secateurs.report import BudgetRow, Latency, Report, Status, TargetFigures, TargetRatios, Trial, Variant
 
-__all__ = ["TRIAL_HEADINGS", "FigureRow", "figure_rows", "trial_rows"]
+__all__ = ["TRIAL_HEADINGS", "VARIANT_HEADINGS", "FigureRow", "figure_rows", "trial_rows", "variant_rows"]
 
 TRIAL_HEADINGS = ("trial", "blocks", "target", "cost", "MACs", "params", "metric", "drop", "-/+", "kept")
 """Of the rows of `trial_rows`; -/+ are the examples that only the baseline, and only the candidate, gets right."""
+VARIANT_HEADINGS = ("file", "MiB", "ratio", "metric", "drop", "latency p50, ms", "ratio", "peak memory, MiB", "ratio")
+"""Of the rows of `variant_rows`; ratios and drop are to the dense file."""
 _MIB = 1024 * 1024
 
 
@@ -63,6 +65,33 @@ def trial_rows(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
         )
         for trial in trials
     ]
+
+
+def variant_rows(variants: Sequence[Variant]) -> list[tuple[str, ...]]:
+    """Return the files that quantisation leads to, with the first target's figures; the one that ships says so."""
+
+    def text(value: float | None, form: str = ".4g") -> str:
+        return "" if value is None else format(value, form)
+
+    rows: list[tuple[str, ...]] = []
+    for one in variants:
+        target = one.side.targets[0] if one.side.targets else None
+        ratios = one.ratios.targets[0] if one.ratios and one.ratios.targets else TargetRatios()
+        latency = target.latency_ms if target else None
+        rows.append(
+            (
+                f"{one.name} (ships)" if one.ships else one.name,
+                text(_mib(one.side.artifact_bytes)),
+                text(one.ratios.artifact_bytes if one.ratios else None, ".3f"),
+                text(one.side.accuracy.value if one.side.accuracy else ratios.agreement, ".4f"),
+                text(ratios.accuracy_drop.value if ratios.accuracy_drop else None, ".4f"),
+                text(latency.p50 if latency else None),
+                text(ratios.latency_p50.value if ratios.latency_p50 else None, ".3f"),
+                text(_mib(target.peak_memory_bytes) if target else None),
+                text(ratios.peak_memory, ".3f"),
+            )
+        )
+    return rows
 
 
 def _target_rows(

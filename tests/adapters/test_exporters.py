@@ -18,7 +18,6 @@ from secateurs_adapters.artifact import graph_signature, sidecar_path
 from secateurs_adapters.export import DynamoExporter
 from secateurs_adapters.export_settings import DynamoSettings, OptimumSettings, TorchScriptSettings
 from secateurs_adapters.optimum_export import OptimumExporter
-from secateurs_adapters.parity import at_length, sequence_inputs
 from secateurs_adapters.torchscript import TorchScriptExporter
 
 LENGTH = 8
@@ -99,10 +98,10 @@ def test_a_free_length_can_be_demanded_or_declined(tmp_path):
 def test_lengths_are_cut_and_repeated_and_no_mask_is_empty():
     data = tokens()
     data.inputs["attention_mask"][2, :6] = 0  # padded on the left
-    assert sequence_inputs(data) == ("ids", "attention_mask")
-    assert sequence_inputs(rows(3, 5)) == ()
+    assert data.sequences == ("ids", "attention_mask")
+    assert rows(3, 5).sequences == ()
     for length in (3, 8, 19):
-        cut = at_length(data, length)
+        cut = data.at_length(length)
         assert cut.inputs["ids"].shape == (4, length)
         np.testing.assert_array_equal(cut.inputs["ids"], np.tile(data.inputs["ids"], 3)[:, :length])
         assert cut.inputs["attention_mask"].any(1).all()
@@ -266,7 +265,7 @@ def test_a_network_of_uneven_layers_is_written_by_every_exporter(tmp_path, expor
     chosen = OptimumExporter() if exporter == "optimum" else exporter
     artifact = chosen(model, data, tmp_path / "m.onnx", opset=18)
     assert len(artifact.parity.sequence_lengths) == 2
-    other = at_length(data, 5).inputs
+    other = data.at_length(5).inputs
     with torch.no_grad():
         expected = model.eval()(**{name: torch.from_numpy(array) for name, array in other.items()}).logits.numpy()
     np.testing.assert_allclose(run(artifact.path, **other)[0], expected, atol=1e-5)

@@ -12,7 +12,7 @@ from secateurs import hookspecs
 from secateurs.registry import Registrar, Registry
 from secateurs_adapters import plugin
 
-KINDS = ("models", "datasets", "exporters", "targets", "metrics", "cost_models", "commands")
+KINDS = ("models", "datasets", "exporters", "converters", "targets", "metrics", "cost_models", "commands")
 
 
 def registered(kind: str) -> Registry:
