@@ -197,7 +197,7 @@ def _agreed(before: Array, after: Array) -> npt.NDArray[np.bool_]:
 
 def _batch_size(inputs: Mapping[str, Array], smallest: int) -> int:
     """Return a batch size whose inputs hold about 4 MiB, at most 64 and at least `smallest`."""
-    row = max(sum(array[:1].nbytes for array in inputs.values()), 1)
+    row = max(sum(array[:1].nbytes for array in inputs.values() if array.ndim), 1)
     return max(smallest, min(_LARGEST_BATCH, _BATCH_BYTES // row))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,20 +14,22 @@ import typer
 from secateurs.errors import BudgetError, DataError, PluginError, RecipeError, UserError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from secateurs.budget import Budget
     from secateurs.data import Dataset
     from secateurs.interfaces import Metric, ProgressEvent
-    from secateurs.report import BudgetRow, Estimate, Latency, Report, TargetFigures, TargetRatios
+    from secateurs.report import Report
     from secateurs.settings import TargetSettings
 
-__all__ = ["load_budget", "load_evaluation", "validate", "verdict_table"]
+__all__ = ["bundle", "load_budget", "load_evaluation", "validate"]
 
 
 def validate(
-    baseline: Annotated[Path, typer.Argument(metavar="BASELINE.onnx", help="The file before pruning.")],
-    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE.onnx", help="The file to judge.")],
+    baseline: Annotated[
+        Path | None, typer.Argument(metavar="BASELINE.onnx", help="The file before pruning.", show_default=False)
+    ] = None,
+    candidate: Annotated[
+        Path | None, typer.Argument(metavar="CANDIDATE.onnx", help="The file to judge.", show_default=False)
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -62,6 +65,12 @@ def validate(
     memory_limit: Annotated[
         int | None, typer.Option(metavar="MIB", help="That a file may take; grows with the file by default.")
     ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Judge what a device measured, `result.json` of a bundle; measure nothing here."
+        ),
+    ] = None,
     junit: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the verdict as JUnit XML too, for a CI server.")
     ] = None,
@@ -70,9 +79,16 @@ def validate(
     """Check a file against the one it replaces: latency, memory, size and accuracy, within a budget.
 
     Without data, seeded inputs are made from the file's signature, and the report tells the share on which both files
-    agree. A file is tried in a process with limits on time and memory before it is measured.
+    agree. A file is tried in a process with limits on time and memory before it is measured. With `--measured`, the
+    files may be left out: they are those of the bundle.
     """
     limits = load_budget(budget)
+    if measured is not None:
+        _finish(_judged(measured, baseline, candidate, limits, allow_elsewhere), junit, as_json)
+    if baseline is None or candidate is None:
+        raise RecipeError(
+            "`secateurs validate` compares two files: give BASELINE.onnx and CANDIDATE.onnx, or `--measured FILE`."
+        )
     targets = _targets(
         provider or ["CPUExecutionProvider"],
         batch_size or [1],
@@ -83,12 +99,8 @@ def validate(
         max_processes=max_processes,
     )
     evaluation = load_evaluation(data)
-    try:
+    with _needs_onnx("validate"):
         from secateurs_adapters.validate import validate_files
-    except ImportError as error:
-        raise PluginError(
-            f"`secateurs validate` needs {error.name}, which is not installed; pip install 'secateurs[onnx]'."
-        ) from None
     report = validate_files(
         baseline,
         candidate,
@@ -102,6 +114,97 @@ def validate(
         memory_limit_mib=memory_limit,
     )
     _finish(report, junit, as_json)
+
+
+def bundle(
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="The output folder of `secateurs run`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A new folder, to copy to the device.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SPEC", help="Other examples than the run's evaluation data; as for `secateurs validate`."
+        ),
+    ] = None,
+    seeded: Annotated[bool, typer.Option("--seeded", help="Make inputs from the signature; no labels travel.")] = False,
+    samples: Annotated[int, typer.Option(min=1, help="Examples at the most.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per run.")] = 1,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="Size of dynamic axes other than the batch in seeded inputs.")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=0, help="Largest difference of outputs on the device, as a share of their largest value."),
+    ] = None,
+) -> None:
+    """Write a folder that measures both files of a run on a device that has only onnxruntime and numpy."""
+    with _needs_onnx("bundle"):
+        from secateurs_adapters.artifact import read_artifact
+        from secateurs_adapters.bundle import TOLERANCE, write_bundle
+    if seeded and data is not None:
+        raise RecipeError("`--seeded` and `--data` exclude each other; give one.")
+    examples, metric = (None, "") if seeded else _bundled_data(run, data)
+    if examples is not None and len(examples) > samples:
+        from secateurs.data import stratified_split
+
+        examples = examples.take(stratified_split(examples.labels, [samples], len(examples), 0)[0])
+    manifest = write_bundle(
+        read_artifact(run / "baseline.onnx"),
+        read_artifact(run / "model.onnx"),
+        output,
+        data=examples,
+        labelled=metric == "accuracy",
+        batch_size=batch_size,
+        length=sequence_length,
+        tolerance=TOLERANCE if tolerance is None else tolerance,
+    )
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    typer.echo(
+        f"{output}: {len(manifest['files'])} files, {size / 2**20:.1f} MiB, {manifest['examples']} examples; README.txt there says how"
+    )
+
+
+def _bundled_data(run: Path, data: Path | None) -> tuple[Dataset | None, str]:
+    """Return the examples to bundle and the metric: from `--data`, else the evaluation role of the run's recipe."""
+    if data is not None:
+        return load_evaluation(data), "accuracy"
+    from secateurs.manager import create_manager
+    from secateurs.recipe import load_recipe, settings_from
+
+    recipe = load_recipe(run / "recipe.yaml")
+    spec = recipe.data.get("evaluation")
+    if spec is None:
+        return None, recipe.metric
+    entry = create_manager().registries.datasets[spec.source]
+    try:
+        found: Dataset = entry.load()(settings_from(entry.load_settings(), spec.options, "data.evaluation"))
+    except UserError as error:
+        raise type(error)(
+            f"{error} To bundle without the run's evaluation data, give `--data SPEC` or `--seeded`."
+        ) from None
+    return found, recipe.metric
+
+
+def _judged(
+    measured: Path, baseline: Path | None, candidate: Path | None, budget: Budget, allow_elsewhere: float
+) -> Report:
+    with _needs_onnx("validate"):
+        from secateurs_adapters.measured import judge_result
+    if (baseline is None) != (candidate is None):
+        raise RecipeError("give both BASELINE.onnx and CANDIDATE.onnx with `--measured`, or neither.")
+    return judge_result(
+        measured, baseline=baseline, candidate=candidate, budget=budget, allow_elsewhere=allow_elsewhere
+    )
+
+
+@contextmanager
+def _needs_onnx(command: str) -> Iterator[None]:
+    """Turn a missing package into an error that says what to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise PluginError(
+            f"`secateurs {command}` needs {error.name}, which is not installed; pip install 'secateurs[onnx]'."
+        ) from None
 
 
 def _finish(report: Report, junit: Path | None, as_json: bool) -> None:
@@ -160,84 +263,21 @@ def load_evaluation(path: Path | None) -> Dataset | None:
     return data if samples is None else data.take(stratified_split(data.labels, [samples], len(data), 0)[0])
 
 
-def verdict_table(report: Report) -> Table:
-    """Return the report as a table: baseline, candidate, ratio, budget and verdict, one quantity per row."""
-    from rich.table import Table
-
-    table = Table("", "baseline", "candidate", "ratio", "budget", "verdict")
-    before, after, ratios = report.baseline, report.candidate, report.ratios
-    pairs: list[tuple[str, str, str, str, str | None, tuple[str, ...]]] = [
-        ("weights", _size(before.weight_bytes), _size(after.weight_bytes), "", None, ()),
-        (
-            "size",
-            _size(before.artifact_bytes),
-            _size(after.artifact_bytes),
-            _number(ratios.artifact_bytes),
-            None,
-            ("artifact_",),
-        ),
-    ]
-    for first, second, ratio in zip(before.targets, after.targets, ratios.targets, strict=True):
-        label = first.label
-        pairs += [
-            (f"{name}, {label}", *cells, label, limits) for name, *cells, limits in _target_cells(first, second, ratio)
-        ]
-    shown = set()
-    for name, one, other, ratio_text, target, limits in pairs:
-        rows = [row for row in report.budget if limits and row.name.startswith(limits) and row.target == target]
-        shown |= {id(row) for row in rows}
-        table.add_row(name, one, other, ratio_text, *_budget_cells(rows))
-    for row in report.budget:
-        if id(row) not in shown:
-            table.add_row(row.name, "", _number(row.measured), "", *_budget_cells([row]))
-    return table
-
-
-def _target_cells(first: TargetFigures, second: TargetFigures, ratios: TargetRatios) -> list[tuple[Any, ...]]:
-    """Return name, baseline, candidate, ratio and the prefixes of the limits on it, for each quantity of one target."""
-    latency = ["" if one.latency_ms is None else f"{one.latency_ms.p50:.4g} ms" for one in (first, second)]
-    cells: list[tuple[Any, ...]] = [
-        ("latency p50", *latency, _estimate(ratios.latency_p50), ("latency_",)),
-        ("latency noise (cv)", *(_noise(one.latency_ms) for one in (first, second)), "", ()),
-        (
-            "peak memory",
-            _size(first.peak_memory_bytes),
-            _size(second.peak_memory_bytes),
-            _number(ratios.peak_memory),
-            ("peak_memory_",),
-        ),
-        (
-            "activations (profiled)",
-            _size(first.activation_bytes_profiled),
-            _size(second.activation_bytes_profiled),
-            "",
-            (),
-        ),
-    ]
-    if first.accuracy is not None and second.accuracy is not None:
-        drop = f"drop {_estimate(ratios.accuracy_drop)}"
-        cells.append(
-            (first.accuracy.metric, _number(first.accuracy.value), _number(second.accuracy.value), drop, ("accuracy_",))
-        )
-    if ratios.agreement is not None:
-        cells.append(("agreement (no labels)", "", _number(ratios.agreement), "", ()))
-    return cells
-
-
-def _budget_cells(rows: list[BudgetRow]) -> tuple[str, str]:
-    colours = {"pass": "green", "fail": "red", "undecided": "yellow"}
-    limits = "\n".join(f"{row.name} \u2264 {row.limit:g}" for row in rows)
-    statuses = "\n".join(
-        f"[{colours[row.status]}]{row.status}[/]" + (f" ({row.reason})" if row.reason else "") for row in rows
-    )
-    return limits, statuses
-
-
 def _print(report: Report) -> None:
     from rich.console import Console
 
+    from secateurs.cli import report_table
+
     console = Console()
-    console.print(verdict_table(report))
+    console.print(report_table(report))
+    for row in report.budget:
+        if row.status != "pass":
+            where = "" if row.target is None else f" on {row.target}"
+            measured = "nothing" if row.measured is None else f"{row.measured:.4g}"
+            because = "" if row.reason is None else f" ({row.reason})"
+            console.print(
+                f"{row.status}: {row.name}{where} measured {measured}, allowed {row.limit:g}{because}", markup=False
+            )
     for reason in report.reasons:
         console.print(f"fails: {reason}", markup=False)
     for note in report.notes:
@@ -247,24 +287,6 @@ def _print(report: Report) -> None:
 
 def _tell(event: ProgressEvent) -> None:
     typer.echo(f"{event.task}: {event.detail}", err=True)
-
-
-def _noise(latency: Latency | None) -> str:
-    return "" if latency is None else f"{latency.cv:.0%} of {latency.n} runs"
-
-
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4g}"
-
-
-def _estimate(value: Estimate | None) -> str:
-    if value is None or value.ci95 is None:
-        return _number(None if value is None else value.value)
-    return f"{value.value:.4g} \\[{value.ci95[0]:.4g}, {value.ci95[1]:.4g}]"
-
-
-def _size(value: int | None) -> str:
-    return "not measured" if value is None else f"{value / 2**20:.3f} MiB"
 
 
 def _targets(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CPU",
+    "HOST_PROVIDERS",
     "Session",
     "SessionOptions",
     "TensorSpec",
@@ -57,6 +58,14 @@ _DEVICES = {
     "DmlExecutionProvider": "dml",
     "CANNExecutionProvider": "cann",
 }
+HOST_PROVIDERS = (
+    CPU,
+    "XnnpackExecutionProvider",
+    "DnnlExecutionProvider",
+    "ACLExecutionProvider",
+    "AzureExecutionProvider",
+)
+"""Execution providers that keep their tensors in the process's own memory."""
 _DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -282,15 +291,19 @@ class Session:
         """Return the batch size that the file fixes, or None where that axis is free."""
         return self.signature.fixed_batch()
 
+    def example_axes(self) -> dict[str, int | None]:
+        """Return for every output the axis that holds the examples, as far as its shape tells."""
+        shapes = {str(value.name): tuple(value.shape or ()) for value in self._session.get_outputs()}
+        return {name: self.signature.batch_axis(shape) for name, shape in shapes.items()}
+
     def examples_first(self, outputs: Mapping[str, Any]) -> dict[str, Array]:
         """Return the outputs that are arrays, each with its examples on the first axis where the file has them on another."""
-        shapes = {str(value.name): tuple(value.shape or ()) for value in self._session.get_outputs()}
-        found = {}
-        for name, value in outputs.items():
-            if isinstance(value, np.ndarray):
-                axis = self.signature.batch_axis(shapes[name]) if len(shapes[name]) == value.ndim else None
-                found[name] = np.moveaxis(value, axis, 0) if axis else value
-        return found
+        axes = self.example_axes()
+        arrays = {name: value for name, value in outputs.items() if isinstance(value, np.ndarray)}
+        return {
+            name: np.moveaxis(value, axis, 0) if (axis := axes[name]) and axis < value.ndim else value
+            for name, value in arrays.items()
+        }
 
 
 def seeded_inputs(session: Session, batch_size: int, seed: int = 0, length: int | None = None) -> dict[str, Array]:

@@ -134,6 +134,7 @@ def _target_rows(
     return [
         accuracy,
         latency,
+        *_spread_rows(before.latency_ms, after.latency_ms, where),
         _row(
             f"peak memory, MiB ({where})",
             _mib(before.peak_memory_bytes),
@@ -144,6 +145,18 @@ def _target_rows(
         ),
         _row(f"activation peak, MiB ({where})", _mib(activations[0]), _mib(activations[1]), share),
     ]
+
+
+def _spread_rows(before: Latency | None, after: Latency | None, where: str) -> list[FigureRow | None]:
+    """Return tails and noise of the latency: a percentile only where there were runs enough for it."""
+    if before is None or after is None:
+        return []
+    rows = [
+        _row(f"latency {name}, ms ({where})", getattr(before, name), getattr(after, name), None)
+        for name in ("p95", "p99")
+    ]
+    noise, other = (f"{one.cv:.0%} of {one.n} runs" for one in (before, after))
+    return [*rows, FigureRow(f"latency noise, cv ({where})", noise, other)]
 
 
 def _row(
