@@ -4,19 +4,65 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from secateurs.report import write_text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from secateurs.report import BudgetRow, Report
 
-__all__ = ["junit_xml", "write_junit"]
+__all__ = ["Case", "junit_xml", "suite_xml", "write_junit"]
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 cannot hold."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test case.
+
+    Attributes:
+        group: where it is listed, behind `secateurs.`.
+        name: of the case.
+        outcome: failure or error; None if it passed.
+        kind: of the outcome, one word.
+        message: of the outcome.
+        seconds: that it took.
+    """
+
+    group: str
+    name: str
+    outcome: Literal["failure", "error"] | None = None
+    kind: str = ""
+    message: str = ""
+    seconds: float | None = None
+
+
+def suite_xml(cases: Sequence[Case], seconds: float | None = None) -> str:
+    """Return test cases as one JUnit suite; characters that XML cannot hold are replaced."""
+    outcomes = [case.outcome for case in cases]
+    counts = {
+        "tests": str(len(cases)),
+        "failures": str(outcomes.count("failure")),
+        "errors": str(outcomes.count("error")),
+        "time": _seconds(seconds),
+    }
+    root = ET.Element("testsuites", counts)
+    suite = ET.SubElement(root, "testsuite", {"name": "secateurs", **counts, "skipped": "0"})
+    for case in cases:
+        time = {} if case.seconds is None else {"time": _seconds(case.seconds)}
+        shown = ET.SubElement(
+            suite, "testcase", {"classname": f"secateurs.{case.group}", "name": _clean(case.name), **time}
+        )
+        if case.outcome is not None:
+            told = ET.SubElement(shown, case.outcome, {"type": case.kind, "message": _clean(case.message)})
+            told.text = _clean(case.message)
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
 
 
 def junit_xml(report: Report) -> str:
@@ -24,20 +70,15 @@ def junit_xml(report: Report) -> str:
 
     A row that passed is a test that passed; one that failed or stayed undecided is a failure of that type, as both end with exit code 1.
     """
-    failed = sum(row.status != "pass" for row in report.budget) + len(report.reasons)
-    total = len(report.budget) + len(report.reasons)
-    seconds = "0" if report.seconds is None else f"{report.seconds:.3f}"
-    counts = {"tests": str(total), "failures": str(failed), "errors": "0", "time": seconds}
-    root = ET.Element("testsuites", counts)
-    suite = ET.SubElement(root, "testsuite", {"name": "secateurs", **counts, "skipped": "0"})
+    cases = []
     for row in report.budget:
-        case = _case(suite, "budget", row.name if row.target is None else f"{row.name}, {row.target}")
-        if row.status != "pass":
-            _fail(case, row.status, _told(row))
-    for number, reason in enumerate(report.reasons, 1):
-        _fail(_case(suite, "reason", f"reason {number}"), "fail", reason)
-    ET.indent(root)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+        name = row.name if row.target is None else f"{row.name}, {row.target}"
+        passed = row.status == "pass"
+        cases.append(Case("budget", name) if passed else Case("budget", name, "failure", row.status, _told(row)))
+    cases += [
+        Case("reason", f"reason {number}", "failure", "fail", reason) for number, reason in enumerate(report.reasons, 1)
+    ]
+    return suite_xml(cases, report.seconds)
 
 
 def write_junit(report: Report, path: Path) -> None:
@@ -45,13 +86,8 @@ def write_junit(report: Report, path: Path) -> None:
     write_text(path, junit_xml(report))
 
 
-def _case(suite: ET.Element, kind: str, name: str) -> ET.Element:
-    return ET.SubElement(suite, "testcase", {"classname": f"secateurs.{kind}", "name": _clean(name)})
-
-
-def _fail(case: ET.Element, kind: str, text: str) -> None:
-    failure = ET.SubElement(case, "failure", {"type": kind, "message": _clean(text)})
-    failure.text = _clean(text)
+def _seconds(value: float | None) -> str:
+    return "0" if value is None else f"{value:.3f}"
 
 
 def _told(row: BudgetRow) -> str:

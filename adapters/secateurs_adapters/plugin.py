@@ -156,6 +156,7 @@ def secateurs_register_commands(register: Registrar[Callable[..., Any]]) -> None
     """Register the sub-commands."""
     register("validate", "secateurs_adapters.commands:validate", summary="compare two ONNX files and judge a budget")
     register("bundle", "secateurs_adapters.commands:bundle", summary="write a folder that measures itself on a device")
+    register("zoo", "secateurs_adapters.zoo.command:zoo", summary="prune many models in one unattended batch")
 
 
 @hookimpl

@@ -1,0 +1,96 @@
+"""The zoo in the terminal: a live table while it runs, and the leaderboard at the end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from secateurs_adapters.zoo.leaderboard import Row, counts, rows
+from secateurs_adapters.zoo.results import Job, Result
+
+__all__ = ["LiveTable", "leaderboard_table", "live_table"]
+
+_RECENT = 8
+"""Finished models that stay in view."""
+_COLOURS = {"pass": "green", "undecided": "yellow", "not run": "dim"}
+
+
+def leaderboard_table(found: Sequence[Row]) -> Table:
+    """Return the rows as a table for the terminal, without the reasons."""
+    table = Table(title=_summary(found), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("model", overflow="fold")
+    for heading in ("status", "target"):
+        table.add_column(heading)
+    for heading in ("MACs", "files", "accuracy", "drop", "latency", "memory", "s"):
+        table.add_column(heading, justify="right")
+    for row in found:
+        accuracy = row.accuracy if row.accuracy is not None else row.agreement
+        table.add_row(
+            escape(row.name),
+            _coloured(row.status),
+            escape(row.target),
+            *(_number(value, ".3f") for value in (row.macs_ratio, row.artifact_ratio)),
+            *(_number(value, ".4f") for value in (accuracy, row.accuracy_drop)),
+            *(_number(value, ".3f") for value in (row.latency_ratio, row.peak_memory_ratio)),
+            _number(row.seconds, ".1f"),
+        )
+    return table
+
+
+class LiveTable:
+    """What runs and what ended last, redrawn in place.
+
+    Args:
+        jobs: of the zoo.
+        results: by key; the caller adds to it.
+    """
+
+    def __init__(self, jobs: Sequence[Job], results: Mapping[str, Result]) -> None:
+        self._jobs, self._results = jobs, results
+        self._seen: dict[str, float] = {}
+
+    def __rich__(self) -> Table:
+        table = Table(title=_summary(rows(self._jobs, self._results)), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for heading in ("model", "status", "s", "reason"):
+            table.add_column(heading, overflow="ellipsis", no_wrap=True)
+        finished = [self._results[job.key] for job in self._jobs if job.key in self._results]
+        for result in finished[-_RECENT:]:
+            reason = escape("; ".join(result.reasons))
+            table.add_row(escape(result.name), _coloured(result.status), _number(result.seconds, ".1f"), reason)
+        for job in self._jobs:
+            stage = "" if job.key in self._results else job.stage
+            if stage and stage != "done":
+                began = self._seen.setdefault(job.key, time.monotonic())
+                table.add_row(escape(job.name), f"[cyan]{escape(stage)}[/]", f"{time.monotonic() - began:.0f}", "")
+        return table
+
+
+@contextmanager
+def live_table(jobs: Sequence[Job], results: Mapping[str, Result]) -> Iterator[None]:
+    """Show the zoo on the terminal's standard error while a block runs; silent in CI and where there is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal or os.environ.get("CI"):
+        yield
+        return
+    with Live(get_renderable=LiveTable(jobs, results).__rich__, console=console, refresh_per_second=2, transient=True):
+        yield
+
+
+def _summary(found: Sequence[Row]) -> str:
+    return ", ".join(f"{count} {status}" for status, count in counts(found).items())
+
+
+def _coloured(status: str) -> str:
+    return f"[{_COLOURS.get(status, 'red')}]{escape(status)}[/]"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
