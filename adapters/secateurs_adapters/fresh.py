@@ -22,13 +22,20 @@ if TYPE_CHECKING:
 __all__ = ["in_fresh_process", "serve"]
 
 
-def in_fresh_process(module: str, request: Mapping[str, Any], *, seconds: float | None = None) -> dict[str, Any]:
+def in_fresh_process(
+    module: str,
+    request: Mapping[str, Any],
+    *,
+    seconds: float | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Run `python -m module` on a request in a process of its own, and return its answer; see `serve`.
 
     Args:
         module: what to run.
         request: plain data.
         seconds: after this long the process is ended; None waits for ever.
+        environment: variables to set in it, beside this process's own.
 
     Raises:
         SecateursError: the process failed or took too long; an error that Secateurs raised there keeps its class.
@@ -46,7 +53,7 @@ def in_fresh_process(module: str, request: Mapping[str, Any], *, seconds: float 
                 text=True,
                 errors="replace",
                 check=False,
-                env={**os.environ, "PYTHONPATH": path},
+                env={**os.environ, **(environment or {}), "PYTHONPATH": path},
                 timeout=seconds,
             )
         except subprocess.TimeoutExpired:

@@ -82,6 +82,9 @@ class KernelTable:
 
     Args:
         options: provider and threads of the sessions.
+
+    Attributes:
+        unknown: operators whose nodes cannot run alone, so that what they need is not known and counts as nothing.
     """
 
     def __init__(self, options: SessionOptions | None = None) -> None:
@@ -89,6 +92,7 @@ class KernelTable:
         self._memory: dict[Hashable, KernelMemory] = {}
         self._time: dict[Hashable, float] = {}
         self._idle: float | None = None
+        self.unknown: set[str] = set()
 
     def memory(self, graph: RuntimeGraph, node: Any) -> KernelMemory:
         """Return the bytes that a node of a graph takes beside its inputs and outputs."""
@@ -123,6 +127,7 @@ class KernelTable:
             try:
                 return measure(path)
             except SecateursError:  # its inputs decide its shapes, as those of a computed Reshape
+                self.unknown.add(_name(node))
                 return otherwise
 
     def _measure_memory(self, path: Path) -> KernelMemory:

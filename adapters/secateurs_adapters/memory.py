@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateurs_adapters.fresh import in_fresh_process, serve
 from secateurs_adapters.one_node import ONE_NODE
-from secateurs_adapters.session import CPU, Session, SessionOptions, seeded_inputs
+from secateurs_adapters.session import HOST_PROVIDERS, Session, SessionOptions, seeded_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,14 +36,8 @@ __all__ = ["MemoryFigures", "measure_memory", "profile_memory"]
 
 RUNS = 3
 """Runs per process; the memory pattern takes its memory at the second."""
-_HOST_PROVIDERS = (
-    CPU,
-    "XnnpackExecutionProvider",
-    "DnnlExecutionProvider",
-    "ACLExecutionProvider",
-    "AzureExecutionProvider",
-)
 _STATUS = Path("/proc/self/status")
+_ROLLUP = Path("/proc/self/smaps_rollup")
 _KIB = 1024
 
 
@@ -54,11 +48,14 @@ class MemoryFigures:
     Attributes:
         peak_memory_bytes: peak of anonymous memory.
         resident_memory_bytes: peak of the resident set, with file-backed pages.
+        proportional_memory_bytes: proportional set (PSS) after the runs, the session still loaded: file-backed pages count
+            by the share of this process. The system records no peak of it.
         reason: why something was not measured, or how it was approximated; empty otherwise.
     """
 
     peak_memory_bytes: int | None
     resident_memory_bytes: int | None
+    proportional_memory_bytes: int | None
     reason: str = ""
 
 
@@ -76,9 +73,9 @@ def measure_memory(paths: Sequence[Path], settings: TargetSettings, *, seed: int
     Raises:
         SecateursError: a process failed.
     """
-    if settings.provider not in _HOST_PROVIDERS:
+    if settings.provider not in HOST_PROVIDERS:
         reason = f"{settings.provider} keeps its tensors in device memory, which the process's own memory does not show"
-        return [MemoryFigures(None, None, reason) for _ in paths]
+        return [MemoryFigures(None, None, None, reason) for _ in paths]
     with tempfile.TemporaryDirectory(prefix="secateurs-") as folder:
         base = Path(folder) / "base.onnx"
         base.write_bytes(ONE_NODE)
@@ -87,20 +84,32 @@ def measure_memory(paths: Sequence[Path], settings: TargetSettings, *, seed: int
         for _ in range(settings.memory_repeats):
             for file, found in zip(files, answers, strict=True):
                 found.append(in_fresh_process("secateurs_adapters.memory", _request("resident", file, settings, seed)))
-    peaks, residents = ([_median(found, key) for found in answers] for key in ("anonymous", "resident"))
+    keys = ("anonymous", "resident", "proportional")
+    ground = [_median(answers[0], key) for key in keys]
     reason = str(answers[0][0]["reason"])
-    return [
-        MemoryFigures(_above(peak, peaks[0]), _above(resident, residents[0]), reason)
-        for peak, resident in zip(peaks[1:], residents[1:], strict=True)
-    ]
+    figures = []
+    for found in answers[1:]:
+        peak, resident, proportional = (
+            _above(_median(found, key), under) for key, under in zip(keys, ground, strict=True)
+        )
+        figures.append(MemoryFigures(peak, resident, proportional, reason))
+    return figures
 
 
-def profile_memory(path: Path, settings: TargetSettings, *, seed: int = 0) -> int | None:
+def profile_memory(path: Path, settings: TargetSettings, *, seed: int = 0, written: Path | None = None) -> int | None:
     """Return the peak of onnxruntime's arena during one run of the file, bytes.
 
     None where this onnxruntime does not report it (before 1.28).
+
+    Args:
+        path: the file.
+        settings: provider, threads, batch size.
+        seed: of the inputs.
+        written: where the profiled session writes the graph that it runs; None writes nothing.
     """
-    peak = in_fresh_process("secateurs_adapters.memory", _request("profile", path.resolve(), settings, seed))["peak"]
+    request = _request("profile", path.resolve(), settings, seed)
+    request["written"] = None if written is None else str(written.resolve())
+    peak = in_fresh_process("secateurs_adapters.memory", request)["peak"]
     return None if peak is None else int(peak)
 
 
@@ -161,13 +170,24 @@ def _reset_peak() -> str:
 
 
 def _linux_peak(reason: str) -> Mapping[str, Any]:
-    fields = dict(
-        line.split(":", 1) for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines() if ":" in line
-    )
-    peak, anonymous, mapped, shared = (
-        int(fields[key].split()[0]) * _KIB for key in ("VmHWM", "RssAnon", "RssFile", "RssShmem")
-    )
-    return {"anonymous": max(anonymous, peak - mapped - shared), "resident": peak, "reason": reason}
+    fields = _fields(_STATUS)
+    peak, anonymous, mapped, shared = (fields[key] for key in ("VmHWM", "RssAnon", "RssFile", "RssShmem"))
+    return {
+        "anonymous": max(anonymous, peak - mapped - shared),
+        "resident": peak,
+        "proportional": _fields(_ROLLUP).get("Pss"),
+        "reason": reason,
+    }
+
+
+def _fields(file: Path) -> dict[str, int]:
+    """Return the lines `name: number kB` of a file of the kernel's, in bytes; none where the system has no such file."""
+    try:
+        lines = file.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in lines if line.endswith("kB") and ":" in line)
+    return {name: int(value.split()[0]) * _KIB for name, value in pairs}
 
 
 def _portable_peak() -> Mapping[str, Any]:
@@ -175,21 +195,31 @@ def _portable_peak() -> Mapping[str, Any]:
     try:
         import psutil
     except ImportError:
-        return {"anonymous": None, "resident": None, "reason": "memory needs /proc, or the package psutil"}
+        return {
+            "anonymous": None,
+            "resident": None,
+            "proportional": None,
+            "reason": "memory needs /proc, or the package psutil",
+        }
     process = psutil.Process()
     resident = getattr(process.memory_info(), "peak_wset", process.memory_info().rss)
     reason = (
         "memory that is the process's own at the end, not its peak: this system reports no peak of anonymous memory"
     )
-    return {"anonymous": process.memory_full_info().uss, "resident": resident, "reason": reason}
+    return {
+        "anonymous": process.memory_full_info().uss,
+        "resident": resident,
+        "proportional": None,
+        "reason": reason,
+    }
 
 
 def _profile(request: Mapping[str, Any]) -> Mapping[str, Any]:
     """Run the file once with the profiler on, and return the largest peak of any node's arena, bytes."""
     with tempfile.TemporaryDirectory(prefix="secateurs-") as folder:
-        session = Session(
-            Path(request["file"]), _options(request, memory_pattern=False, profile=Path(folder) / "profile")
-        )
+        written = None if request["written"] is None else Path(request["written"])
+        options = _options(request, memory_pattern=False, profile=Path(folder) / "profile", optimised=written)
+        session = Session(Path(request["file"]), options)
         _run(session, request, 1)
         nodes = session.end_profiling()
     peaks = [int(node.get("mem_in_use_peak", -1)) for node in nodes]

@@ -5,24 +5,29 @@ output lies in its input's buffer where the kernel allows it and nobody else nee
 shape, which then lives on from its first use to its last; else in a new buffer. With the packed weights and the scratch of the kernels, the
 sequence of allocations is played through the arena, which gives the peak that onnxruntime's own profile shows.
 
+Run as `python -m secateurs_adapters.planned REQUEST.json` this module plans one file.
+
 References:
     onnxruntime's `allocation_planner.cc`, whose rules these are.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from onnx import numpy_helper
 
+from secateurs.errors import DataError
 from secateurs_adapters.arena import Arena
+from secateurs_adapters.fresh import serve
 from secateurs_adapters.kernels import SMALL_CONSTANT, KernelMemory, KernelTable
-from secateurs_adapters.runtime_graph import RuntimeGraph, optimised_model, runtime_graph
-from secateurs_adapters.session import SessionOptions
+from secateurs_adapters.runtime_graph import RuntimeGraph, optimised_model, runtime_graph, written_model
+from secateurs_adapters.session import Session, SessionOptions
 
 __all__ = ["MemoryPlan", "Step", "plan_file", "plan_memory"]
 
@@ -76,6 +81,7 @@ class MemoryPlan:
         packed_bytes: weights in the kernels' own order.
         constant_bytes: constants that are copied into the arena.
         peak_bytes: the most that onnxruntime's arena holds, with all of these and with its own rounding.
+        unknown: operators whose scratch and packed weights are not known and are left out.
     """
 
     steps: tuple[Step, ...]
@@ -83,6 +89,7 @@ class MemoryPlan:
     packed_bytes: int
     constant_bytes: int
     peak_bytes: int
+    unknown: tuple[str, ...] = ()
 
     @property
     def activation_bytes(self) -> int:
@@ -140,26 +147,43 @@ def plan_memory(model: Any, inputs: Mapping[str, Sequence[int]], kernels: Kernel
             live.pop(name, None)
             arena.release(name)
     tensors = {name: graph.bytes_of(name) for node in nodes for name in node.output if name}
-    return MemoryPlan(tuple(steps), tensors, sum(need.packed for need in packs), constants, arena.peak)
+    unknown = () if kernels is None else tuple(sorted({_name(node) for node in nodes} & kernels.unknown))
+    return MemoryPlan(tuple(steps), tensors, sum(need.packed for need in packs), constants, arena.peak, unknown)
 
 
 def plan_file(
-    path: Path, batch_size: int, options: SessionOptions | None = None, kernels: KernelTable | None = None
+    path: Path,
+    batch_size: int,
+    options: SessionOptions | None = None,
+    kernels: KernelTable | None = None,
+    *,
+    length: int | None = None,
+    written: Path | None = None,
 ) -> MemoryPlan:
     """Plan the memory of one run of a file, as a session optimises it.
 
+    Sessions may order independent nodes differently; a plan is that of one session.
+
     Args:
         path: the file.
-        batch_size: size of the first axis of every input that leaves it free; other free axes get onnxruntime's default of the seeded inputs.
+        batch_size: size of the axis of every input that holds the examples, where that is free.
         options: provider and threads.
         kernels: a table to use and to fill; None starts one.
-    """
-    from secateurs_adapters.session import Session, seeded_inputs
+        length: size of other free axes; None takes the default of the seeded inputs.
+        written: the graph that a session wrote; None builds a session that writes one.
 
+    Raises:
+        DataError: the file cannot be planned: it holds subgraphs, what is no tensor of numbers, or inputs of another size.
+    """
     options = options or SessionOptions()
-    feeds = seeded_inputs(Session(path, options), batch_size)
-    shapes = {name: array.shape for name, array in feeds.items()}
-    return plan_memory(optimised_model(path, options), shapes, kernels or KernelTable(options))
+    model = optimised_model(path, options) if written is None else written_model(written, path)
+    nested = sorted(
+        {_name(node) for node in model.graph.node if any(a.HasField("g") or a.graphs for a in node.attribute)}
+    )
+    if nested:
+        raise DataError(f"what {', '.join(nested)} runs, and how often, is only known when it runs; profile the file.")
+    shapes = Session(path, replace(options, optimise=False)).signature.shapes(batch_size, length)
+    return plan_memory(model, shapes, kernels or KernelTable(options))
 
 
 def _name(node: Any) -> str:
@@ -255,3 +279,23 @@ def _deaths(model: Any, buffer: Mapping[str, str]) -> Iterator[list[str]]:
         if name not in kept:
             dying.setdefault(number, []).append(name)
     return (dying.get(number, []) for number in range(len(model.graph.node)))
+
+
+def _plan_here(request: dict[str, Any]) -> Mapping[str, Any]:
+    options = SessionOptions(
+        provider=request["provider"], threads=request["threads"], provider_options=request["options"]
+    )
+    written = None if request["written"] is None else Path(request["written"])
+    plan = plan_file(Path(request["file"]), request["batch_size"], options, length=request["length"], written=written)
+    return {
+        "peak_bytes": plan.peak_bytes,
+        "tensor_bytes": plan.activation_bytes,
+        "scratch_bytes": plan.scratch_bytes,
+        "packed_bytes": plan.packed_bytes,
+        "constant_bytes": plan.constant_bytes,
+        "unknown": list(plan.unknown),
+    }
+
+
+if __name__ == "__main__":
+    serve(_plan_here, sys.argv[1:])

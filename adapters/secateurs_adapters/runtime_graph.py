@@ -19,7 +19,7 @@ import onnx
 from secateurs.errors import DataError
 from secateurs_adapters.session import Session, SessionOptions, TensorSpec, seeded_inputs
 
-__all__ = ["RuntimeGraph", "optimised_model", "runtime_graph"]
+__all__ = ["RuntimeGraph", "optimised_model", "runtime_graph", "written_model"]
 
 Shape = tuple[int, ...]
 
@@ -58,7 +58,17 @@ def optimised_model(path: Path, options: SessionOptions | None = None) -> Any:
     with tempfile.TemporaryDirectory(prefix="secateurs-") as folder:
         written = Path(folder) / "optimised.onnx"
         Session(path, replace(options or SessionOptions(), optimised=written))
-        model, original = onnx.load(str(written)), onnx.load(str(path), load_external_data=False)
+        return written_model(written, path)
+
+
+def written_model(written: Path, path: Path) -> Any:
+    """Return the graph that a session wrote, an `onnx.ModelProto`, its nodes in the order in which that session runs them.
+
+    Args:
+        written: what the session wrote.
+        path: the file that it loaded.
+    """
+    model, original = onnx.load(str(written)), onnx.load(str(path), load_external_data=False)
     if _makers(model.graph) == _makers(original.graph):
         ordered = _execution_order(model.graph)
         del model.graph.node[:]

@@ -12,11 +12,11 @@ from secateurs.report import TargetFigures, TargetRatios
 from secateurs_adapters.accuracy import SEEDED_EXAMPLES, Comparison, agreement, compare_accuracy
 from secateurs_adapters.artifact import read_artifact
 from secateurs_adapters.latency import LatencyFigures, measure_latency
-from secateurs_adapters.memory import MemoryFigures, measure_memory, profile_memory
 from secateurs_adapters.placement import Placement, place, violation
 from secateurs_adapters.schedule import fit_schedule
-from secateurs_adapters.session import Session, SessionOptions, check_options, check_provider, onnxruntime_version
+from secateurs_adapters.session import Session, SessionOptions, check_options, check_provider
 from secateurs_adapters.vetting import limits_for, vet_file
+from secateurs_adapters.views import Views, take_views
 from secateurs_adapters.widths import preferred_multiple
 
 if TYPE_CHECKING:
@@ -98,19 +98,18 @@ class OnnxRuntimeTarget:
             progress=lambda done, total: tell(1, f"latency, process {done} of {total}"),
             seed=SEED,
         )
-        tell(2, "memory")
-        memory = measure_memory([baseline.path, candidate.path], settings, seed=SEED)
-        tell(3, "profile")
-        profiled = [profile_memory(file.path, settings, seed=SEED) for file in (baseline, candidate)]
+        views = take_views([baseline, candidate], settings, seed=SEED, tell=lambda view: tell(2, view))
+        tell(3, "placement")
         placed = [place(file.path, settings, seed=SEED) for file in (baseline, candidate)]
         tell(4, "done")
-        first = _figures(settings, placed[0], latency.baseline, memory[0], profiled[0])
-        second = _figures(settings, placed[1], latency.candidate, memory[1], profiled[1])
+        first = _figures(settings, placed[0], latency.baseline, views[0])
+        second = _figures(settings, placed[1], latency.candidate, views[1])
         if comparison is not None:
             first.accuracy, second.accuracy = comparison.baseline, comparison.candidate
         ratios = TargetRatios(
             latency_p50=latency.ratio,
             peak_memory=ratio(second.peak_memory_bytes, first.peak_memory_bytes),
+            fits=ratio(second.fits_bytes, first.fits_bytes),
             accuracy_drop=None if comparison is None else comparison.drop,
             accuracy_pairs=None if comparison is None else comparison.pairs,
             agreement=None if agreed is None else next(iter(agreed.values())),
@@ -118,7 +117,7 @@ class OnnxRuntimeTarget:
         )
         found = [violation(side, one, settings) for side, one in zip(("baseline", "candidate"), placed, strict=True)]
         violations = tuple(reason for reason in found if reason is not None)
-        return Measurement(first, second, ratios, violations, _notes(settings, memory, profiled))
+        return Measurement(first, second, ratios, violations, _notes(settings, views))
 
 
 onnxruntime_target = OnnxRuntimeTarget()
@@ -239,22 +238,18 @@ def _compare(
     return None, agreed
 
 
-def _notes(
-    settings: TargetSettings, memory: Sequence[MemoryFigures], profiled: Sequence[int | None]
-) -> tuple[str, ...]:
-    """Say why a figure is missing or approximate."""
-    notes = [f"memory on {settings.provider}: {memory[0].reason}"] if memory[0].reason else []
-    if None in profiled:
-        notes.append(
-            f"activations were not profiled: onnxruntime {onnxruntime_version()} does not count the arena of "
-            f"{settings.provider} (it does since 1.28, on the CPU)"
-        )
-    return tuple(notes)
+def _notes(settings: TargetSettings, views: Sequence[Views]) -> tuple[str, ...]:
+    """Say why a figure that was asked for is missing or approximate."""
+    reasons = [
+        f"{view} memory on {settings.provider}: {reason}"
+        for one in views
+        for view, reason in one.memory.reasons.items()
+        if view != "fits" or settings.fits
+    ]
+    return tuple(dict.fromkeys(reasons))
 
 
-def _figures(
-    settings: TargetSettings, placed: Placement, latency: LatencyFigures, memory: MemoryFigures, profiled: int | None
-) -> TargetFigures:
+def _figures(settings: TargetSettings, placed: Placement, latency: LatencyFigures, views: Views) -> TargetFigures:
     return TargetFigures(
         provider=settings.provider,
         provider_obtained=placed.obtained,
@@ -264,9 +259,13 @@ def _figures(
         latency_ms=latency.latency,
         session_ms=latency.session_ms,
         first_run_ms=latency.first_run_ms,
-        peak_memory_bytes=memory.peak_memory_bytes,
-        resident_memory_bytes=memory.resident_memory_bytes,
-        activation_bytes_profiled=profiled,
+        peak_memory_bytes=views.measured.peak_memory_bytes,
+        resident_memory_bytes=views.measured.resident_memory_bytes,
+        proportional_memory_bytes=views.measured.proportional_memory_bytes,
+        activation_bytes_planned=views.planned,
+        activation_bytes_profiled=views.profiled,
+        fits_bytes=views.fits,
+        memory=views.memory,
         nodes_per_provider=None if placed.nodes is None else dict(placed.nodes),
         time_per_provider=None if placed.time is None else dict(placed.time),
     )

@@ -36,6 +36,9 @@ class Budget(BaseModel):
     latency_ms: float | None = Field(None, gt=0, description="largest p50 of the candidate, milliseconds per batch")
     peak_memory_mib: float | None = Field(None, gt=0, description="largest measured peak memory of the candidate, MiB")
     peak_memory_ratio: float | None = Field(None, gt=0, description="largest candidate / baseline measured peak memory")
+    fits_mib: float | None = Field(
+        None, gt=0, description="largest memory limit that the candidate needs to run under, MiB"
+    )
     artifact_mib: float | None = Field(None, gt=0, description="largest size of all files that ship, MiB")
     artifact_ratio: float | None = Field(
         None, gt=0, description="largest candidate / baseline size of all files that ship"
@@ -91,6 +94,7 @@ def _target_rows(
         _interval_row("latency_ms", label, budget.latency_ms, typical, processes),
         _row("peak_memory_mib", label, budget.peak_memory_mib, _scaled(peak, MIB)),
         _row("peak_memory_ratio", label, budget.peak_memory_ratio, ratios.peak_memory),
+        _row("fits_mib", label, budget.fits_mib, _scaled(figures.fits_bytes if figures else None, MIB)),
     ]
 
 

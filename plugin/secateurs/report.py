@@ -19,15 +19,20 @@ from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
     "Accuracy",
+    "ArenaSettings",
     "BudgetRow",
     "Certificate",
+    "DeviceMemory",
     "Environment",
     "Estimate",
+    "FitsTest",
     "Latency",
     "LatencyRatio",
+    "MemoryViews",
     "Pairs",
     "Parity",
     "PassRecord",
+    "PlannedMemory",
     "Ratios",
     "Report",
     "Side",
@@ -35,12 +40,12 @@ __all__ = [
     "TargetFigures",
     "TargetRatios",
     "Trial",
+    "Variant",
     "atomic_path",
     "report_schema",
     "write_text",
 ]
 
-    "Variant",
 Status = Literal["pass", "fail", "undecided"]
 
 
@@ -120,6 +125,73 @@ class Latency(_Form):
     p50_ci95: tuple[float, float] | None = None
 
 
+class PlannedMemory(_Form):
+    """What the planned peak of the arena is made of, bytes; its chunks are larger than what lies in them.
+
+    Attributes:
+        tensor_bytes: the most that tensors take at any node.
+        scratch_bytes: the largest scratch of any kernel.
+        packed_bytes: weights in the kernels' own order.
+        constant_bytes: small constants that are copied into the arena.
+    """
+
+    tensor_bytes: int
+    scratch_bytes: int
+    packed_bytes: int
+    constant_bytes: int
+
+
+class FitsTest(_Form):
+    """Memory limits under which the file just runs, one per repeat, and how far these are apart; bytes."""
+
+    limit_bytes: list[int]
+    spread_bytes: int
+
+
+class DeviceMemory(_Form):
+    """Memory of an accelerator beyond a one-node model's, bytes.
+
+    Attributes:
+        arena_bytes: peak of onnxruntime's arena on the device.
+        used_bytes: what the driver counts on the device.
+    """
+
+    arena_bytes: int | None = None
+    used_bytes: int | None = None
+
+
+class ArenaSettings(_Form):
+    """How onnxruntime took memory: from its arena, and by the pattern of an earlier run."""
+
+    memory_arena: bool
+    memory_pattern: bool
+
+
+class MemoryViews(_Form):
+    """The views of one file's memory beside each other: what they are made of, how far they are apart, and how they were taken.
+
+    Attributes:
+        planned: parts of `activation_bytes_planned`.
+        planned_minus_profiled: of the arena's peak, bytes.
+        measured_minus_profiled: what the process takes beside the arena's peak, bytes: weights, inputs and the graph, and
+            what the memory pattern holds twice.
+        fits_minus_profiled: the same of the memory limit, bytes.
+        fits: repeats of the fits-test.
+        device: of an accelerator.
+        settings: arena and memory pattern of each view: `planned`, `profiled`, `measured`, `fits`.
+        reasons: why a view has no figure, or an approximate one, by the view's name.
+    """
+
+    planned: PlannedMemory | None = None
+    planned_minus_profiled: int | None = None
+    measured_minus_profiled: int | None = None
+    fits_minus_profiled: int | None = None
+    fits: FitsTest | None = None
+    device: DeviceMemory | None = None
+    settings: dict[str, ArenaSettings] = Field(default_factory=dict)
+    reasons: dict[str, str] = Field(default_factory=dict)
+
+
 class TargetFigures(_Form):
     """What was measured of one file on one target.
 
@@ -134,9 +206,11 @@ class TargetFigures(_Form):
         first_run_ms: median time of a session's first run.
         peak_memory_bytes: peak of anonymous memory over a one-node model's.
         resident_memory_bytes: the same of the resident set.
+        proportional_memory_bytes: the same of the proportional set (PSS) after the runs, which has no recorded peak.
         activation_bytes_planned: peak of the arena, predicted from the graph.
         activation_bytes_profiled: peak of the arena, counted by onnxruntime.
-        fits_bytes: smallest memory limit under which the file still runs.
+        fits_bytes: smallest memory limit under which every repeat still ran, beyond what a one-node model takes.
+        memory: how these views were taken, and how far they are apart.
         nodes_per_provider: nodes of the optimised graph on each provider.
         time_per_provider: share of the nodes' time on each provider.
         accuracy: of this file on this target.
@@ -152,9 +226,11 @@ class TargetFigures(_Form):
     first_run_ms: float | None = None
     peak_memory_bytes: int | None = None
     resident_memory_bytes: int | None = None
+    proportional_memory_bytes: int | None = None
     activation_bytes_planned: int | None = None
     activation_bytes_profiled: int | None = None
     fits_bytes: int | None = None
+    memory: MemoryViews | None = None
     nodes_per_provider: dict[str, int] | None = None
     time_per_provider: dict[str, float] | None = None
     accuracy: Accuracy | None = None
@@ -170,6 +246,9 @@ class TargetFigures(_Form):
 class Side(_Form):
     """Baseline or candidate."""
 
+    file: str | None = None
+    exporter: str | None = None
+    opset: int | None = None
     params: int | None = None
     macs: int | None = None
     weight_bytes: int | None = None
@@ -197,6 +276,7 @@ class TargetRatios(_Form):
 
     latency_p50: Estimate | None = None
     peak_memory: float | None = None
+    fits: float | None = None
     accuracy_drop: Estimate | None = None
     accuracy_pairs: Pairs | None = None
     agreement: float | None = None
@@ -210,6 +290,22 @@ class Ratios(_Form):
     macs: float | None = None
     artifact_bytes: float | None = None
     targets: list[TargetRatios] = Field(default_factory=list)
+
+
+class Variant(_Form):
+    """One of the files that quantisation leads to.
+
+    Attributes:
+        name: `dense`, `pruned`, `quantised`, or `pruned and quantised`.
+        ships: whether the verdict is about this file.
+        side: its figures.
+        ratios: to the dense file, measured beside it; null for the dense file itself.
+    """
+
+    name: str
+    ships: bool
+    side: Side
+    ratios: Ratios | None = None
 
 
 class PassRecord(_Form):
@@ -246,9 +342,6 @@ class Trial(_Form):
         plan: file of its plan, inside the output folder.
         seconds: to make and judge it.
         reasons: why it was not accepted, and what could not be removed.
-    file: str | None = None
-    exporter: str | None = None
-    opset: int | None = None
     """
 
     number: int
@@ -292,22 +385,6 @@ class Parity(_Form):
 class BudgetRow(_Form):
     """One ceiling and whether it holds."""
 
-class Variant(_Form):
-    """One of the files that quantisation leads to.
-
-    Attributes:
-        name: `dense`, `pruned`, `quantised`, or `pruned and quantised`.
-        ships: whether the verdict is about this file.
-        side: its figures.
-        ratios: to the dense file, measured beside it; null for the dense file itself.
-    """
-
-    name: str
-    ships: bool
-    side: Side
-    ratios: Ratios | None = None
-
-
     name: str
     target: str | None = None
     limit: float
@@ -340,6 +417,7 @@ class Report(_Form):
     trials: list[Trial] = Field(default_factory=list)
     parity: Parity | None = None
     budget: list[BudgetRow] = Field(default_factory=list)
+    variants: list[Variant] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
     environment: Environment
     seconds: float | None = None
@@ -377,4 +455,3 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    variants: list[Variant] = Field(default_factory=list)

@@ -366,6 +366,10 @@ class TargetSettings(PassSettings):
     repeats: int = Field(40, ge=4, description="ABBA rounds per process")
     warmup: int = Field(20, ge=1, description="unmeasured runs per session")
     memory_repeats: int = Field(3, ge=1, description="fresh processes per file for memory")
+    fits: bool = Field(
+        False,
+        description="find the smallest memory limit under which each file still runs; `budget.fits_mib` asks for it too",
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="provider options, passed to onnxruntime")
     allow_elsewhere: Fraction = Field(
         0.0, description="share of a run's time that may pass on other providers before the verdict fails"

@@ -130,7 +130,7 @@ def _target_rows(
             _worst(rows),
         )
     activations = (before.activation_bytes_profiled, after.activation_bytes_profiled)
-    share = None if None in activations or not activations[0] else (activations[1] or 0) / activations[0]
+    planned = (before.activation_bytes_planned, after.activation_bytes_planned)
     return [
         accuracy,
         latency,
@@ -143,7 +143,15 @@ def _target_rows(
             budget.get(("peak_memory_mib", label)),
             budget.get(("peak_memory_ratio", label)),
         ),
-        _row(f"activation peak, MiB ({where})", _mib(activations[0]), _mib(activations[1]), share),
+        _row(f"activation peak, MiB ({where})", _mib(activations[0]), _mib(activations[1]), _share(*activations)),
+        _row(f"activation peak as planned, MiB ({where})", _mib(planned[0]), _mib(planned[1]), _share(*planned)),
+        _row(
+            f"smallest memory limit, MiB ({where})",
+            _mib(before.fits_bytes),
+            _mib(after.fits_bytes),
+            ratios.fits,
+            budget.get(("fits_mib", label)),
+        ),
     ]
 
 
@@ -180,13 +188,18 @@ def _row(
 
 
 def _limits(rows: list[BudgetRow]) -> str:
-    units = {"latency_ms": " ms", "artifact_mib": " MiB", "peak_memory_mib": " MiB"}
+    units = {"latency_ms": " ms", "artifact_mib": " MiB", "peak_memory_mib": " MiB", "fits_mib": " MiB"}
     return ", ".join(f"<= {row.limit:g}{units.get(row.name, '')}" for row in rows)
 
 
 def _worst(rows: list[BudgetRow]) -> Status | None:
     found = {row.status for row in rows}
     return next((status for status in ("fail", "undecided", "pass") if status in found), None)
+
+
+def _share(before: int | None, after: int | None) -> float | None:
+    """Return candidate over baseline, or None where either was not measured."""
+    return None if after is None or not before else after / before
 
 
 def _mib(value: int | None) -> float | None:

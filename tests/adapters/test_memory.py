@@ -1,46 +1,13 @@
 """Memory: figures against tensors whose size is known."""
 
-import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from shipped import heavy, wide
 
 from secateurs.settings import TargetSettings
 from secateurs_adapters.memory import measure_memory, profile_memory
 
 MIB = 2**20
 QUICK = TargetSettings.model_validate({"memory_repeats": 1})
-
-
-def save(path, nodes, shape_in, shape_out, weights=()):
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape_in)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape_out)],
-        [numpy_helper.from_array(value, name) for name, value in weights],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
-
-
-def wide(path, size):
-    """One activation of `size` floats per example, made by tiling a scalar and summed up again; hardly any weights."""
-    nodes = [
-        helper.make_node("Tile", ["x", "n"], ["a"]),
-        helper.make_node("ReduceMax", ["a"], ["y"], axes=[1], keepdims=1),
-    ]
-    return save(path, nodes, ["batch", 1], ["batch", 1], [("n", np.array([1, size], np.int64))])
-
-
-def heavy(path, size):
-    """A vector of `size` weights."""
-    nodes = [
-        helper.make_node("Mul", ["x", "w"], ["h"]),
-        helper.make_node("ReduceMax", ["h"], ["y"], axes=[1], keepdims=1),
-    ]
-    weights = np.random.default_rng(0).normal(size=(1, size)).astype(np.float32)
-    return save(path, nodes, ["batch", 1], ["batch", 1], [("w", weights)])
 
 
 def test_a_big_activation_is_measured(tmp_path):

@@ -1,117 +1,19 @@
 """Planned memory against onnxruntime's own profile, byte for byte, and the arena against its rules."""
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.torch import load_file
-from torch import nn
+from shipped import NETWORKS
 
-from secateurs.data import Dataset
 from secateurs.errors import DataError
-from secateurs.groups import find_groups, plan_removal
-from secateurs.plan import Plan
-from secateurs.surgery import applied
 from secateurs_adapters.arena import Arena
-from secateurs_adapters.export import dynamo
 from secateurs_adapters.kernels import KernelTable
-from secateurs_adapters.models import load_factory
 from secateurs_adapters.planned import plan_file, plan_memory
-from secateurs_adapters.runtime_graph import optimised_model, runtime_graph
+from secateurs_adapters.runtime_graph import optimised_model, runtime_graph, written_model
 from secateurs_adapters.session import Session, SessionOptions, seeded_inputs
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def images(channels, size):
-    values = np.random.default_rng(0).standard_normal((4, channels, size, size)).astype(np.float32)
-    return Dataset({"input": values})
-
-
-def sequences():
-    return Dataset({"input": np.random.default_rng(0).standard_normal((4, 12, 64)).astype(np.float32)})
-
-
-def resnet20():
-    return load_factory("cifar_resnet:build", arguments={"depth": 20}, weights=None, folder=ROOT / "examples").eval()
-
-
-def pruned_resnet20():
-    """Half of the inner channels gone: below the kernels' block in the first stage."""
-    model, data = resnet20(), images(3, 32)
-    plan = Plan()
-    for group in find_groups(model, data)[0]:
-        if group.root != "conv1":
-            plan += plan_removal(model, group, range(0, group.units, 2), "half", plan)
-    return applied(model, plan)
-
-
-def quickstart():
-    model = load_factory("digits_resnet:build", arguments={}, weights=None, folder=ROOT / "examples")
-    model.load_state_dict(load_file(ROOT / "examples" / "digits_resnet.safetensors"))
-    return model.eval()
-
-
-def separable():
-    layers = []
-    for width in (24, 40):
-        layers += [
-            nn.LazyConv2d(width, 1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, groups=width),
-            nn.Hardswish(),
-        ]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 10))
-
-
-def upsampling():
-    """Odd widths, transposed convolutions: plain kernels with scratch and packed weights."""
-    down = [
-        nn.Conv2d(3, 13, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(13, 27, 3, 2, 1),
-        nn.ReLU(),
-        nn.Conv2d(27, 20, 3, padding=1),
-    ]
-    return nn.Sequential(*down, nn.ConvTranspose2d(20, 9, 2, 2), nn.Sigmoid(), nn.Flatten(), nn.Linear(9 * 256, 40))
-
-
-def transformer():
-    layers = [nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, activation="gelu") for _ in range(2)]
-    return nn.Sequential(*layers, nn.LayerNorm(64), nn.Softmax(-1))
-
-
-NETWORKS = {
-    "resnet20": (resnet20, images(3, 32)),
-    "resnet20-pruned": (pruned_resnet20, images(3, 32)),
-    "quickstart": (quickstart, images(1, 8)),
-    "separable": (separable, images(3, 16)),
-    "upsampling": (upsampling, images(3, 16)),
-    "transformer": (transformer, sequences()),
-}
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """Export each network once."""
-    files = {}
-
-    def export(name):
-        if name not in files:
-            build, data = NETWORKS[name]
-            torch.manual_seed(0)
-            files[name] = tmp_path_factory.mktemp(name) / "model.onnx"
-            model = build()
-            model(torch.from_numpy(data.inputs["input"]))
-            dynamo(model.eval(), data, files[name], opset=20)
-        return files[name]
-
-    return export
 
 
 @pytest.mark.parametrize("batch", [1, 4, 32])
@@ -125,11 +27,58 @@ def test_the_plan_is_what_onnxruntime_profiles(exported, tmp_path, name, batch):
     nodes = session.end_profiling()
     _, data = NETWORKS[name]
     shape = (batch, *data.inputs["input"].shape[1:])
-    plan = plan_memory(onnx.load(str(written)), {"input": shape}, KernelTable())
+    plan = plan_memory(written_model(written, exported(name)), {"input": shape}, KernelTable())
+    assert plan.unknown == ()
     assert [step.output_bytes for step in plan.steps] == [int(node["output_size"]) for node in nodes]
     profiled = max(int(node["mem_in_use_peak"]) for node in nodes)
     assert profiled <= plan.peak_bytes <= 1.05 * profiled
     assert plan.activation_bytes <= plan.peak_bytes
+
+
+def branches():
+    """Two independent chains of unlike sizes, which a session may run in either order."""
+    nodes = [
+        helper.make_node("Neg", ["x"], ["a"]),
+        helper.make_node("Tile", ["a", "n"], ["b"]),
+        helper.make_node("Abs", ["x"], ["c"]),
+        helper.make_node("Tile", ["c", "m"], ["d"]),
+        *(helper.make_node("ReduceMax", [name, "axes"], [f"{name}1"], keepdims=1) for name in "bd"),
+        helper.make_node("Add", ["b1", "d1"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 1]) for name in ("x", "y")]
+    sizes = {"n": 5000, "m": 300}
+    weights = [(name, np.array([1, size], np.int64)) for name, size in sizes.items()]
+    return model_of(nodes, ends[:1], ends[1:], [*weights, ("axes", np.array([1], np.int64))])
+
+
+def test_a_plan_is_that_of_the_session_whose_graph_it_is_given(tmp_path):
+    """Sessions may order independent nodes differently: each is compared with its own plan."""
+    file = tmp_path / "branches.onnx"
+    onnx.save(branches(), str(file))
+    for trial in range(4):
+        written = tmp_path / f"{trial}.onnx"
+        options = SessionOptions(memory_pattern=False, profile=tmp_path / f"profile{trial}", optimised=written)
+        session = Session(file, options)
+        session.run(seeded_inputs(session, 3))
+        profiled = max(int(node["mem_in_use_peak"]) for node in session.end_profiling())
+        plan = plan_file(file, 3, written=written)
+        assert profiled <= plan.peak_bytes <= 1.05 * profiled
+
+
+def test_what_cannot_be_planned_is_refused(tmp_path):
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in ("x", "y")]
+    body = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["z"])], "b", [], [helper.make_empty_tensor_value_info("z")]
+    )
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+        helper.make_node("Greater", ["most", "zero"], ["flag"]),
+        helper.make_node("If", ["flag"], ["y"], then_branch=body, else_branch=body),
+    ]
+    model = model_of(nodes, ends[:1], ends[1:], [("zero", np.zeros((), np.float32))])
+    onnx.save(model, str(tmp_path / "if.onnx"))
+    with pytest.raises(DataError, match="what If runs"):
+        plan_file(tmp_path / "if.onnx", 2)
 
 
 def test_the_known_figures_of_resnet20(exported):
