@@ -47,6 +47,24 @@ def refuse(secateurs, tmp_path):
         pytest.param(["metric=acuracy"], ["unknown metric 'acuracy'", "'accuracy'"], id="unknown metric"),
         pytest.param(["export.exporter=dinamo"], ["unknown exporter 'dinamo'", "'dynamo'"], id="unknown exporter"),
         pytest.param(
+            ["export.exporter=torchscript", "export.options={traced_branch: true}"],
+            ["export.options: unknown option 'traced_branch'", "'traced_branches'"],
+            id="unknown option of an exporter",
+        ),
+        pytest.param(
+            ["export.edge.batchsize=1"],
+            ["export.edge: unknown option 'batchsize'", "'batch_size'"],
+            id="unknown option of the edge variant",
+        ),
+        pytest.param(
+            ["quantise.mode=statik"], ["unknown mode 'statik'", "'static'"], id="unknown mode of quantisation"
+        ),
+        pytest.param(
+            ["quantise.mode=static", "data={calibration: {source: digits, split: train}}", "budget={}"],
+            ["`quantise` needs an `evaluation` role"],
+            id="nothing to judge a quantised file by",
+        ),
+        pytest.param(
             ["targets.0.provider=CPUExecutionProvidr"],
             ["unknown provider 'CPUExecutionProvidr'", "'CPUExecutionProvider'"],
             id="unknown provider",
