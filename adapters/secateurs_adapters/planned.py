@@ -97,6 +97,11 @@ class MemoryPlan:
         return max((step.live_bytes for step in self.steps), default=0)
 
     @property
+    def peak_step(self) -> Step | None:
+        """The first node at which buffers take the most; None where nothing runs."""
+        return max(self.steps, key=lambda step: step.live_bytes, default=None)
+
+    @property
     def scratch_bytes(self) -> int:
         """The largest scratch of any kernel."""
         return max((step.scratch_bytes for step in self.steps), default=0)
@@ -287,12 +292,15 @@ def _plan_here(request: dict[str, Any]) -> Mapping[str, Any]:
     )
     written = None if request["written"] is None else Path(request["written"])
     plan = plan_file(Path(request["file"]), request["batch_size"], options, length=request["length"], written=written)
+    peak = plan.peak_step
     return {
         "peak_bytes": plan.peak_bytes,
         "tensor_bytes": plan.activation_bytes,
         "scratch_bytes": plan.scratch_bytes,
         "packed_bytes": plan.packed_bytes,
         "constant_bytes": plan.constant_bytes,
+        "live_bytes": [step.live_bytes for step in plan.steps],
+        "peak_node": None if peak is None else f"{peak.op_type} {peak.node}".strip(),
         "unknown": list(plan.unknown),
     }
 

@@ -21,6 +21,7 @@ from torch import nn
 from secateurs.attention import DescribeAttention
 from secateurs.blocks import Describe
 from secateurs.certificate import keep_certified
+from secateurs.changes import changes
 from secateurs.data import Dataset, Roles
 from secateurs.errors import DataError, SecateursError
 from secateurs.forward import predict
@@ -219,7 +220,12 @@ def _run_pass(session: Session, step: Pass, outcome: Outcome) -> Outcome:
         skipped=list(tally.skipped.values()),
         certificate=tally.certificate,
         seconds=time.perf_counter() - began,
-        details={**tally.details, "validation_before": reference, "rounds": tally.rounds},
+        details={
+            **tally.details,
+            **changes(current, tally.plan),
+            "validation_before": reference,
+            "rounds": tally.rounds,
+        },
     )
     shortfalls = outcome.shortfalls if missed is None else (*outcome.shortfalls, missed)
     return Outcome(current, outcome.plan + tally.plan, (*outcome.records, record), shortfalls, latest)

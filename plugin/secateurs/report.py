@@ -133,12 +133,16 @@ class PlannedMemory(_Form):
         scratch_bytes: the largest scratch of any kernel.
         packed_bytes: weights in the kernels' own order.
         constant_bytes: small constants that are copied into the arena.
+        live_bytes: what tensors take while each node runs, in order of execution.
+        peak_node: operator and name of the first node at which they take the most.
     """
 
     tensor_bytes: int
     scratch_bytes: int
     packed_bytes: int
     constant_bytes: int
+    live_bytes: list[int] = Field(default_factory=list)
+    peak_node: str | None = None
 
 
 class FitsTest(_Form):

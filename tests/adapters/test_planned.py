@@ -9,11 +9,13 @@ from onnx import TensorProto, helper, numpy_helper
 from shipped import NETWORKS
 
 from secateurs.errors import DataError
+from secateurs.settings import TargetSettings
 from secateurs_adapters.arena import Arena
 from secateurs_adapters.kernels import KernelTable
 from secateurs_adapters.planned import plan_file, plan_memory
 from secateurs_adapters.runtime_graph import optimised_model, runtime_graph, written_model
 from secateurs_adapters.session import Session, SessionOptions, seeded_inputs
+from secateurs_adapters.views import plan_in_process
 
 
 @pytest.mark.parametrize("batch", [1, 4, 32])
@@ -63,6 +65,22 @@ def test_a_plan_is_that_of_the_session_whose_graph_it_is_given(tmp_path):
         profiled = max(int(node["mem_in_use_peak"]) for node in session.end_profiling())
         plan = plan_file(file, 3, written=written)
         assert profiled <= plan.peak_bytes <= 1.05 * profiled
+
+
+def test_the_curve_is_what_lives_at_each_node(tmp_path):
+    """By hand, of 25 floats per example: x of the caller is not counted; a; a and b; b and the sum."""
+    nodes = [
+        helper.make_node("Neg", ["x"], ["a"], name="first"),
+        helper.make_node("Concat", ["a", "a"], ["b"], axis=1, name="second"),
+        helper.make_node("ReduceSum", ["b", "axes"], ["y"], name="third"),
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", w]) for n, w in (("x", 25), ("y", 1))]
+    file = tmp_path / "chain.onnx"
+    onnx.save(model_of(nodes, ends[:1], ends[1:], [("axes", np.array([1], np.int64))]), str(file))
+    plan = plan_in_process(file, TargetSettings(batch_size=3))
+    assert plan["live_bytes"] == [300, 900, 612]
+    assert max(plan["live_bytes"]) == plan["tensor_bytes"]
+    assert plan["peak_node"] == "Concat second"
 
 
 def test_what_cannot_be_planned_is_refused(tmp_path):
