@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from secateurs.report import Report
     from secateurs.settings import TargetSettings
 
-__all__ = ["bundle", "load_budget", "load_evaluation", "validate"]
+__all__ = ["bundle", "devices", "load_budget", "load_evaluation", "validate"]
 
 
 def validate(
@@ -40,10 +41,16 @@ def validate(
         Path | None, typer.Option(metavar="FILE", help="YAML file with limits, e.g. `latency_ratio: 0.8`.")
     ] = None,
     provider: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Execution provider; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Execution provider; may be repeated. Without it, that of the budget's device, else the CPU.",
+        ),
     ] = None,
     metric: Annotated[str, typer.Option(help="A registered metric: accuracy, perplexity, mean-iou, ...")] = "accuracy",
-    threads: Annotated[int, typer.Option(help="Intra-op threads.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(help="Intra-op threads. Without it, those of the budget's device, else 1.")
+    ] = None,
     batch_size: Annotated[
         list[int] | None,
         typer.Option(help="Examples per run; may be repeated. Without it, what the files fix, else 1."),
@@ -71,6 +78,9 @@ def validate(
             metavar="FILE", help="Judge what a device measured, `result.json` of a bundle; measure nothing here."
         ),
     ] = None,
+    fits: Annotated[
+        bool, typer.Option("--fits", help="Find the smallest memory limit under which each file still runs.")
+    ] = False,
     junit: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the verdict as JUnit XML too, for a CI server.")
     ] = None,
@@ -89,11 +99,13 @@ def validate(
         raise RecipeError(
             "`secateurs validate` compares two files: give BASELINE.onnx and CANDIDATE.onnx, or `--measured FILE`."
         )
-    targets = _targets(
-        provider or ["CPUExecutionProvider"],
+    limits, targets = _filled(
+        limits,
+        provider or [None],
         batch_size or [1],
         sequence_length or [None],
-        threads=threads,
+        fits=fits,
+        **({} if threads is None else {"threads": threads}),
         allow_elsewhere=allow_elsewhere,
         repeats=repeats,
         max_processes=max_processes,
@@ -220,6 +232,32 @@ def _finish(report: Report, junit: Path | None, as_json: bool) -> None:
     raise typer.Exit(0 if report.verdict == "pass" else 1)
 
 
+def devices(
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, with the source of each figure.")] = False,
+) -> None:
+    """List the devices that `budget.device` may name, with what their profiles limit. None says how fast a device is."""
+    from secateurs.devices import MEMORY_SHARE
+    from secateurs.manager import create_manager
+
+    known = [(entry, entry.load()) for entry in create_manager().registries.devices]
+    if as_json:
+        rows = [{"name": entry.name, "plugin": entry.plugin, **device.model_dump()} for entry, device in known]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "device", "what it is", "RAM, MiB", f"limit at {MEMORY_SHARE:.0%}", "cores", "threads", "provider", "files, MiB"
+    )
+    for entry, device in known:
+        limit = None if device.ram_mib is None else device.ram_mib * MEMORY_SHARE
+        figures = (device.ram_mib, limit, device.cores, device.threads, device.provider, device.artifact_mib)
+        shown = ("" if value is None else f"{value:g}" if isinstance(value, float) else str(value) for value in figures)
+        table.add_row(entry.name, device.title, *shown)
+    Console().print(table)
+
+
 def load_budget(path: Path | None) -> Budget:
     """Read a budget file: the limits themselves, or a recipe's `budget` section. None is a budget without limits.
 
@@ -232,7 +270,13 @@ def load_budget(path: Path | None) -> Budget:
     section = content.get("budget", content)
     if not isinstance(section, Mapping):
         raise BudgetError(f"`budget` in {str(path)!r} is {section!r}; it needs limits, such as `latency_ratio: 0.8`.")
-    return parse_budget(section)
+    limits = parse_budget(section)
+    if limits.device is None:
+        return limits
+    from secateurs.devices import fill_in
+    from secateurs.manager import create_manager
+
+    return fill_in(limits, (), create_manager().registries.devices)[0]
 
 
 def load_evaluation(path: Path | None) -> Dataset | None:
@@ -289,19 +333,24 @@ def _tell(event: ProgressEvent) -> None:
     typer.echo(f"{event.task}: {event.detail}", err=True)
 
 
-def _targets(
-    providers: list[str], batch_sizes: list[int], lengths: Sequence[int | None], **more: Any
-) -> list[TargetSettings]:
-    """Return a target for each provider, batch size and sequence length."""
+def _filled(
+    budget: Budget, providers: Sequence[str | None], batch_sizes: list[int], lengths: Sequence[int | None], **more: Any
+) -> tuple[Budget, tuple[TargetSettings, ...]]:
+    """Return a target for each provider, batch size and sequence length; budget and targets with what they leave to a device."""
     from pydantic import ValidationError
 
+    from secateurs.devices import fill_in
+    from secateurs.manager import create_manager
     from secateurs.settings import TargetSettings
 
     try:
-        return [
-            TargetSettings.model_validate({"provider": name, "batch_size": size, "sequence_length": length, **more})
+        targets = [
+            TargetSettings.model_validate(
+                {**({} if name is None else {"provider": name}), "batch_size": size, "sequence_length": length, **more}
+            )
             for name, size, length in itertools.product(providers, batch_sizes, lengths)
         ]
+        return fill_in(budget, targets, create_manager().registries.devices)
     except ValidationError as error:
         first = error.errors()[0]
         option = str(first["loc"][0]).replace("_", "-")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from secateurs.data import Dataset
+    from secateurs.devices import Device
     from secateurs.interfaces import (
         Converter,
         CostModel,
@@ -152,8 +153,18 @@ def secateurs_register_cost_models(register: Registrar[CostModel | StructureCost
 
 
 @hookimpl
+def secateurs_register_devices(register: Registrar[Device]) -> None:
+    """Register the packaged device profiles."""
+    from secateurs_adapters.devices import load_devices
+
+    for name, device in load_devices().items():
+        register(name, device, summary=device.title)
+
+
+@hookimpl
 def secateurs_register_commands(register: Registrar[Callable[..., Any]]) -> None:
     """Register the sub-commands."""
+    register("devices", "secateurs_adapters.commands:devices", summary="list the devices that a budget may name")
     register("validate", "secateurs_adapters.commands:validate", summary="compare two ONNX files and judge a budget")
     register("bundle", "secateurs_adapters.commands:bundle", summary="write a folder that measures itself on a device")
     register("zoo", "secateurs_adapters.zoo.command:zoo", summary="prune many models in one unattended batch")

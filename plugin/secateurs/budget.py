@@ -22,10 +22,16 @@ MIB = 1024 * 1024
 
 
 class Budget(BaseModel):
-    """The ceilings of a run; a limit that is None is not checked."""
+    """The ceilings of a run; a limit that is None is not checked. A device stands for limits, which `secateurs.devices.fill_in` puts in."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    device: str | None = Field(
+        None, description="device whose profile sets the limits on memory and size that are not given"
+    )
+    memory_share: float | None = Field(
+        None, gt=0, le=1, description="share of the device's RAM that the network may take; 0.25 if not given"
+    )
     accuracy_drop: float | None = Field(
         None, ge=0, le=1, description="largest drop of the metric, a fraction (0.01 is one point)"
     )
@@ -57,6 +63,10 @@ def parse_budget(data: Mapping[str, Any] | None) -> Budget:
     for key in data:
         if key not in Budget.model_fields:
             raise BudgetError(unknown_name("budget", str(key), Budget.model_fields))
+    if data.get("memory_share") is not None and data.get("device") is None:
+        raise BudgetError(
+            "`budget.memory_share` is a share of a device's RAM; give `device` too, or `peak_memory_mib`."
+        )
     try:
         return Budget(**data)
     except ValidationError as error:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from secateurs.attention import AttentionHeads
     from secateurs.blocks import Block
+    from secateurs.devices import Device
     from secateurs.interfaces import (
         CostModel,
         Converter,
@@ -77,6 +78,11 @@ def secateurs_register_metrics(register: Registrar[Metric]) -> None:
 @hookspec
 def secateurs_register_cost_models(register: Registrar[CostModel | StructureCostModel]) -> None:
     """At start-up: register cost models; one that depends on a target is a `StructureCostModel`. `macs` and `parameters` are built in."""
+
+
+@hookspec
+def secateurs_register_devices(register: Registrar[Device]) -> None:
+    """At start-up: register device profiles; the name is what `budget.device` says. Give the profile itself, or `"module:attribute"`."""
 
 
 @hookspec

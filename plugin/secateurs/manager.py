@@ -20,6 +20,7 @@ from secateurs.passes import builtin
 from secateurs.registry import Registrar, Registry
 
 if TYPE_CHECKING:
+    from secateurs.devices import Device
     from secateurs.interfaces import (
         Converter,
         CostModel,
@@ -54,6 +55,7 @@ class Registries:
     targets: Registry[Target] = field(default_factory=lambda: Registry("provider"))
     metrics: Registry[Metric] = field(default_factory=lambda: Registry("metric"))
     cost_models: Registry[CostModel | StructureCostModel] = field(default_factory=lambda: Registry("cost model"))
+    devices: Registry[Device] = field(default_factory=lambda: Registry("device"))
     commands: Registry[Callable[..., Any]] = field(default_factory=lambda: Registry("command"))
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from secateurs import checkpoint, cost, processes
 from secateurs.card import model_card
 from secateurs.data import Dataset, resolve_roles
+from secateurs.devices import fill_in
 from secateurs.errors import DataError, ModelError, RecipeError, UserError, unknown_name
 from secateurs.forward import call, inference, output_tensors, trimming
 from secateurs.interfaces import Converter, Exporter, Metric, ProgressEvent, Target, width_multiple
@@ -116,6 +117,8 @@ def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent]
         UserError: something in the recipe is wrong; the message says what and what is allowed.
     """
     registries = manager.registries
+    budget, filled = fill_in(recipe.budget, recipe.targets, registries.devices)
+    recipe = recipe.model_copy(update={"budget": budget, "targets": filled})
     passes = [build_pass(spec, manager) for spec in recipe.passes]
     metric = registries.metrics[recipe.metric].make()
     exporter = _exporter(recipe, manager)
