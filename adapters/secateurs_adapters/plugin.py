@@ -55,11 +55,16 @@ VALUE_METRICS = {
 
 @hookimpl
 def secateurs_register_models(register: Registrar[ModelLoader]) -> None:
-    """Register the loader of factories."""
+    """Register the loaders."""
     register(
         "factory",
         "secateurs_adapters.models:load_factory",
         summary="`module:function` beside the recipe or installed, called with `arguments`",
+    )
+    register("hf", "secateurs_adapters.hf_models:load_hf", summary="a Hugging Face network by name or folder")
+    register("timm", "secateurs_adapters.vision_models:load_timm", summary="a network of timm by name")
+    register(
+        "torchvision", "secateurs_adapters.vision_models:load_torchvision", summary="a network of torchvision by name"
     )
 
 
@@ -79,6 +84,12 @@ def secateurs_register_datasets(register: Registrar[DatasetLoader]) -> None:
             summary=summary,
             settings=f"secateurs_adapters.data_settings:{model}Settings",
         )
+    register(
+        "hf",
+        "secateurs_adapters.hf_data:load_hf",
+        summary="texts, images or recordings read by `datasets`: hub or local files",
+        settings="secateurs_adapters.hf_settings:HfDataSettings",
+    )
 
 
 @hookimpl
@@ -103,17 +114,6 @@ def secateurs_register_exporters(register: Registrar[Exporter]) -> None:
 
 
 @hookimpl
-def secateurs_register_targets(register: Registrar[Target]) -> None:
-    """Register onnxruntime's execution providers; whether one is available shows when a run checks it."""
-    for name, summary in PROVIDERS.items():
-        register(name, "secateurs_adapters.validate:OnnxRuntimeTarget", summary=summary)
-
-
-@hookimpl
-def secateurs_register_metrics(register: Registrar[Metric]) -> None:
-    """Register the metrics."""
-    register("accuracy", "secateurs_adapters.metrics:Accuracy", summary="share of examples classified rightly")
-@hookimpl
 def secateurs_register_converters(register: Registrar[Converter]) -> None:
     """Register what makes other files of an exported one."""
     register("fixed-shapes", "secateurs_adapters.fixed:FixedShapes", summary="every shape fixed, for accelerators")
@@ -129,6 +129,17 @@ def secateurs_register_converters(register: Registrar[Converter]) -> None:
     )
 
 
+@hookimpl
+def secateurs_register_targets(register: Registrar[Target]) -> None:
+    """Register onnxruntime's execution providers; whether one is available shows when a run checks it."""
+    for name, summary in PROVIDERS.items():
+        register(name, "secateurs_adapters.validate:OnnxRuntimeTarget", summary=summary)
+
+
+@hookimpl
+def secateurs_register_metrics(register: Registrar[Metric]) -> None:
+    """Register the metrics."""
+    register("accuracy", "secateurs_adapters.metrics:Accuracy", summary="share of examples classified rightly")
     register(
         "top5-accuracy",
         "secateurs_adapters.metrics:TopFiveAccuracy",
@@ -171,8 +182,18 @@ def secateurs_register_commands(register: Registrar[Callable[..., Any]]) -> None
 
 
 @hookimpl
+def secateurs_save_model(model: nn.Module, plan: Plan, example: Dataset, folder: Path) -> str | None:
+    """Write what transformers needs of a Hugging Face network."""
+    from secateurs_adapters.hf_folder import write_folder
+
+    return write_folder(model, plan, folder, example)
+
+
+@hookimpl
 def secateurs_after_run(report: Report, folder: Path) -> None:
-    """Draw `report.html` into the output folder."""
+    """Draw `report.html`, and write the model card for the hub where there is a network for it."""
+    from secateurs_adapters.hf_folder import write_card
     from secateurs_adapters.report_html import write_report_page
 
     write_report_page(report, folder)
+    write_card(folder)

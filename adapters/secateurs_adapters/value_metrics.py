@@ -48,10 +48,11 @@ class _Whole:
 
 
 class Perplexity(_Whole):
-    r"""Exponential of the mean negative log-likelihood of the next token, $\exp(-\frac1N\sum \log p(x_{t+1}\mid x_{\le t}))$.
+    r"""Exponential of the mean negative log-likelihood of the tokens to be predicted, $\exp(-\frac1N\sum_t \log p(y_t\mid x_{\le t}))$.
 
-    Labels are the input tokens, shape `(n, length)`, as Hugging Face has them: the scores at a position are compared with
-    the label of the next one. Labels of -100 (padding) do not count. Lower is better; a drop is a difference of perplexities.
+    Labels, shape `(n, length)`, are what each position is to predict, as recovery and accuracy take them: in a causal model
+    the *next* token (`next_token: true` of the source `hf`), not the inputs as they are. Labels of -100 (padding, the last
+    token) do not count. Lower is better; a drop is a difference of perplexities.
     """
 
     name = "perplexity"
@@ -62,19 +63,19 @@ class Perplexity(_Whole):
 
         Args:
             outputs: scores of the vocabulary, shape `(n, length, vocabulary)`.
-            labels: token indices, shape `(n, length)`.
+            labels: indices of the tokens to be predicted, shape `(n, length)`.
         """
         _integers(self.name, labels)
-        if outputs.ndim != 3 or outputs.shape[:2] != labels.shape or labels.shape[1] < 2:
+        if outputs.ndim != 3 or outputs.shape[:2] != labels.shape:
             raise DataError(
-                f"metric {self.name!r} needs outputs of shape (n, length, vocabulary) and labels of shape (n, length) with at "
-                f"least 2 tokens, got {outputs.shape} and {labels.shape}; give the input tokens as labels."
+                f"metric {self.name!r} needs outputs of shape (n, length, vocabulary) and labels of shape (n, length), got "
+                f"{outputs.shape} and {labels.shape}; give the token that each position is to predict as its label."
             )
         _in_range(self.name, labels, outputs.shape[-1])
         with _quiet():
             from torchmetrics.functional.text import perplexity
 
-            scores, tokens = _tensor(outputs[:, :-1], np.float32), _tensor(labels[:, 1:], np.int64)
+            scores, tokens = _tensor(outputs, np.float32), _tensor(labels, np.int64)
             return float(perplexity(scores, tokens, ignore_index=IGNORED))
 
 

@@ -18,9 +18,11 @@ from secateurs.plan import Plan
 from secateurs.report import atomic_path
 from secateurs.surgery import apply_plan
 
-__all__ = ["load", "load_weights", "save", "save_weights"]
+__all__ = ["MARK", "PLAN", "WEIGHTS", "load", "load_weights", "save", "save_weights"]
 
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
+MARK = "secateurs.json"
+"""A file that says that a run wrote the folder around it, so that a later run may replace that folder."""
 
 
 def save(model: nn.Module, plan: Plan, folder: str | Path) -> None:

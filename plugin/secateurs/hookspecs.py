@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Target,
     )
     from secateurs.passes.base import Pass
+    from secateurs.plan import Plan
     from secateurs.registry import Registrar
     from secateurs.report import PassRecord, Report
 
@@ -61,12 +62,12 @@ def secateurs_register_exporters(register: Registrar[Exporter]) -> None:
 
 
 @hookspec
-def secateurs_register_targets(register: Registrar[Target]) -> None:
-@hookspec
 def secateurs_register_converters(register: Registrar[Converter]) -> None:
     """At start-up: register converters of exported files; `quantise-NAME` is what `quantise.mode: NAME` asks for."""
 
 
+@hookspec
+def secateurs_register_targets(register: Registrar[Target]) -> None:
     """At start-up: register targets under the names of the execution providers that they measure on."""
 
 
@@ -108,6 +109,15 @@ def secateurs_before_pass(name: str, model: nn.Module) -> None:
 @hookspec
 def secateurs_after_pass(name: str, model: nn.Module, record: PassRecord) -> None:
     """After a pass ended, with the network it leaves and the record that goes into the report."""
+
+
+@hookspec
+def secateurs_save_model(model: nn.Module, plan: Plan, example: Dataset, folder: Path) -> str | None:
+    """When a run writes its network: write it into `folder` in a further form, and return a sentence on it for the report, or None.
+
+    What is written goes into a sub-folder with a file `secateurs.json`, so that a later run may replace it. `example` is
+    what the network is called with; change neither network nor plan.
+    """
 
 
 @hookspec

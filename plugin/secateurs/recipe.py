@@ -31,6 +31,11 @@ from secateurs.settings import (
 __all__ = ["DataSpec", "ModelSpec", "PassSpec", "Recipe", "load_recipe", "parse_pass", "parse_recipe", "settings_from"]
 
 MAX_RECIPE_BYTES = 1024 * 1024
+_MODEL_ARGUMENTS = ("task", "revision")
+"""Arguments of a loader that may stand beside its name, without `arguments`."""
+_PATHS = ("file", "folder")
+_PATHS_OR_NAMES = ("hf", "dataset", "processor", "tokenizer")
+"""Options that name something on this machine or elsewhere."""
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -74,12 +79,12 @@ class Recipe(_Section):
     search: SearchSettings | None = None
     recovery: RecoverySettings = RecoverySettings()
     export: ExportSettings = ExportSettings()
+    quantise: QuantiseSettings | None = None
     budget: Budget = Budget()
     targets: tuple[TargetSettings, ...] = (TargetSettings(),)
 
     @field_validator("data")
     @classmethod
-    quantise: QuantiseSettings | None = None
     def _known_roles(cls, value: dict[str, DataSpec]) -> dict[str, DataSpec]:
         for role in value:
             if role not in ROLES:
@@ -108,17 +113,21 @@ class Recipe(_Section):
             **({} if self.search is None else {"search": self.search.model_dump(mode="json")}),
             "recovery": self.recovery.model_dump(mode="json"),
             "export": self.export.model_dump(mode="json"),
+            **({} if self.quantise is None else {"quantise": self.quantise.model_dump(mode="json")}),
             "budget": self.budget.model_dump(mode="json", exclude_none=True),
             "targets": [target.model_dump(mode="json") for target in self.targets],
         }
         return yaml.safe_dump(body, sort_keys=False, width=120)
 
-            **({} if self.quantise is None else {"quantise": self.quantise.model_dump(mode="json")}),
     def digest(self) -> str:
         """Return a hash of everything in the recipe, and of the weights file, that determines the result."""
         hashed = hashlib.sha256(json.dumps(yaml.safe_load(self.to_yaml()), sort_keys=True).encode())
         if self.model.weights is not None and self.model.weights.is_file():
             hashed.update(self.model.weights.read_bytes())
+        if self.model.loader == "hf":
+            # A folder; of a name on the hub there is nothing here to read.
+            for path in (*Path(self.model.value).glob("*.safetensors"), *Path(self.model.value).glob("config.json")):
+                hashed.update(path.name.encode() + path.read_bytes())
         return hashed.hexdigest()
 
 
@@ -134,6 +143,7 @@ _KEYS = (
     "search",
     "recovery",
     "export",
+    "quantise",
     "budget",
     "targets",
 )
@@ -143,7 +153,6 @@ class _PlainLoader(yaml.SafeLoader):
     """A safe loader without aliases: a few lines of them expand to more than fits into memory."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-    "quantise",
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise RecipeError(
@@ -253,6 +262,14 @@ def _section(model: type[BaseModel], value: Any, where: str) -> Any:
     return settings_from(model, _mapping(value or {}, where), where)
 
 
+def _export(value: Any) -> ExportSettings:
+    options = dict(_mapping(value or {}, "export"))
+    if options.get("edge") is not None:
+        options["edge"] = _section(EdgeSettings, options["edge"], "export.edge")
+    settings: ExportSettings = settings_from(ExportSettings, options, "export")
+    return settings
+
+
 def _explain(error: ValidationError, where: str) -> str:
     first = error.errors()[0]
     key = ".".join([part for part in (where, *map(str, first["loc"])) if part])
@@ -262,14 +279,6 @@ def _explain(error: ValidationError, where: str) -> str:
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-def _export(value: Any) -> ExportSettings:
-    options = dict(_mapping(value or {}, "export"))
-    if options.get("edge") is not None:
-        options["edge"] = _section(EdgeSettings, options["edge"], "export.edge")
-    settings: ExportSettings = settings_from(ExportSettings, options, "export")
-    return settings
-
-
         raise RecipeError(f"`{where}` must be a mapping, got {value!r}.")
     return value
 
@@ -283,15 +292,24 @@ def _list(value: Any, where: str) -> list[Any]:
 def _model(value: Any) -> ModelSpec:
     spec = dict(_mapping(value, "model"))
     arguments, weights = spec.pop("arguments", None) or {}, spec.pop("weights", None)
+    arguments = {
+        **{key: spec.pop(key) for key in _MODEL_ARGUMENTS if key in spec},
+        **_mapping(arguments, "model.arguments"),
+    }
     if len(spec) != 1:
         raise RecipeError(
-            f"`model` names one loader (`factory: module:function`) beside `arguments` and `weights`; got {', '.join(spec) or 'none'}."
+            f"`model` names one loader (`factory: module:function`, `hf: NAME`) beside `arguments`, `weights`, "
+            f"{', '.join(f'`{key}`' for key in _MODEL_ARGUMENTS)}; got {', '.join(spec) or 'none'}."
         )
     loader, target = next(iter(spec.items()))
     weights = None if weights is None else Path(weights).absolute()
-    return ModelSpec(
-        loader=loader, value=str(target), arguments=dict(_mapping(arguments, "model.arguments")), weights=weights
-    )
+    return ModelSpec(loader=loader, value=_path(loader, str(target)), arguments=arguments, weights=weights)
+
+
+def _path(option: str, value: Any) -> Any:
+    """Return an option that may name a file or folder, absolute where it does."""
+    named = isinstance(value, str) and (option in _PATHS or (option in _PATHS_OR_NAMES and Path(value).exists()))
+    return str(Path(value).absolute()) if named else value
 
 
 def _data(role: Any, value: Any) -> DataSpec:
@@ -299,10 +317,8 @@ def _data(role: Any, value: Any) -> DataSpec:
     if "source" not in spec:
         raise RecipeError(f"`data.{role}` has no `source`; name a registered data source, for example `source: npz`.")
     source, samples = spec.pop("source"), spec.pop("samples", None)
-    for key in ("file", "folder"):
-        if isinstance(spec.get(key), str):
-            spec[key] = str(Path(spec[key]).absolute())
-    return DataSpec(source=source, samples=samples, options=spec)
+    options = {key: _path(key, item) for key, item in spec.items()}
+    return DataSpec(source=source, samples=samples, options=options)
 
 
 def parse_pass(value: Any) -> PassSpec:

@@ -50,6 +50,7 @@ OUTPUTS = (
     "baseline.onnx",
     "baseline.onnx.json",
     "README.md",
+    "config.json",
 )
 """The files of every output folder."""
 VARIANTS = ("{}.onnx.data", "{}.edge.*", "{}.quantised.*")
@@ -126,7 +127,7 @@ def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent]
     targets = [(registries.targets[settings.provider].make(), settings) for settings in recipe.targets]
     for target, settings in targets:
         target.check(settings)
-    sources = {role: _load_data(spec, role, manager) for role, spec in recipe.data.items()}
+    sources = {role: _load_data(spec, role, recipe, manager) for role, spec in recipe.data.items()}
     trains = recipe.recovery.epochs > 0 or any(getattr(step.settings, "recovery_epochs", 0) for step in passes)
     roles = resolve_roles(
         sources,
@@ -192,9 +193,13 @@ def _converters(recipe: Recipe, manager: Manager) -> tuple[Converter | None, Con
     return edge, known[f"quantise-{quantise.mode}"].make()
 
 
-def _load_data(spec: DataSpec, role: str, manager: Manager) -> Dataset:
+def _load_data(spec: DataSpec, role: str, recipe: Recipe, manager: Manager) -> Dataset:
+    """Read the data of a role; the processor that a network comes with is taken where none is named."""
     entry = manager.registries.datasets[spec.source]
-    return entry.load()(settings_from(entry.load_settings(), spec.options, f"data.{role}"))
+    model, options = entry.load_settings(), dict(spec.options)
+    if recipe.model.loader == "hf" and "processor" in model.model_fields:
+        options.setdefault("processor", recipe.model.value)
+    return entry.load()(settings_from(model, options, f"data.{role}"))
 
 
 def _load_model(recipe: Recipe, manager: Manager, data: Dataset) -> nn.Module:
@@ -250,7 +255,7 @@ def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bo
     model = copy.deepcopy(outcome.model)
     if recipe.recovery.epochs and outcome.plan.removes:
         recover(session, model, recipe.recovery, checkpoint=output / STATE / "recovery")
-    report = _on_main(lambda: prepared.shipping.prove(session, outcome, model, output))
+    report = _on_main(lambda: _finish(prepared, outcome, model, output))
     assert report is not None
     report.notes += session.roles.notes
     report.passes = list(outcome.records)
@@ -297,6 +302,17 @@ def dry_run(prepared: Prepared) -> Pruned:
     return Pruned(run_passes(prepared.session, prepared.passes, prepared.manager), [])
 
 
+def _finish(prepared: Prepared, outcome: Outcome, model: nn.Module, output: Path) -> Report:
+    """Write the network in the forms that plugins know, and prove what is exported."""
+    calibration = prepared.session.roles.calibration
+    said = prepared.manager.hook.secateurs_save_model(
+        model=model, plan=outcome.plan, example=calibration.take(range(min(2, len(calibration)))), folder=output
+    )
+    report = prepared.shipping.prove(prepared.session, outcome, model, output)
+    report.notes += said
+    return report
+
+
 def _open_folder(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Report | None:
     """Make the output folder ready; return the report if the same recipe has been finished in it and is resumed."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
@@ -325,6 +341,8 @@ def _open_folder(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
                 path.unlink()
         for plan in (output / PLANS).glob("trial-*.json"):
             plan.unlink()
+        for mark in output.glob(f"*/{checkpoint.MARK}"):
+            shutil.rmtree(mark.parent)
         shutil.rmtree(output / STATE, ignore_errors=True)
     try:
         (output / STATE).mkdir(parents=True, exist_ok=True)
