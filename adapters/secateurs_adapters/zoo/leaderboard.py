@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -101,9 +102,9 @@ def rows(jobs: Sequence[Job], results: Mapping[str, Result]) -> list[Row]:
 
 
 def counts(found: Sequence[Row]) -> dict[str, int]:
-    """Return how many models have each status, most first."""
-    statuses = list({row.name: row.status for row in found}.values())
-    return {status: statuses.count(status) for status in sorted(set(statuses), key=lambda one: -statuses.count(one))}
+    """Return how many models have each status, most first, then by name."""
+    tally = Counter({row.name: row.status for row in found}.values())
+    return dict(sorted(tally.items(), key=lambda item: (-item[1], item[0])))
 
 
 def leaderboard_csv(found: Sequence[Row]) -> str:
