@@ -22,8 +22,10 @@ HEAVY = ("torch", "onnx", "onnxruntime", "transformers", "sklearn")
         "import secateurs.cli as c, contextlib\nwith contextlib.suppress(SystemExit): c.main(['passes'])",
         "import secateurs.cli as c, contextlib\nwith contextlib.suppress(SystemExit): c.main(['passes', '--json'])",
         "import secateurs.cli as c, contextlib\nwith contextlib.suppress(SystemExit): c.main(['validate', '--help'])",
+        "import secateurs.cli as c, contextlib\nwith contextlib.suppress(SystemExit): c.main(['zoo', '--help'])",
+        "import secateurs_adapters.zoo.batch, secateurs_adapters.zoo.executors, secateurs_adapters.zoo.ray_executor",
     ],
-    ids=["import", "help", "passes", "passes --json", "validate --help"],
+    ids=["import", "help", "passes", "passes --json", "validate --help", "zoo", "zoo's process"],
 )
 def test_it_starts_without_torch(statement):
     program = f"import sys\n{statement}\nprint()\nprint([n for n in {HEAVY!r} if n in sys.modules])"
