@@ -46,6 +46,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude, uniform, plain": ("magnitude", {"allocation": "uniform", "refit": "none"}),
 }
 """Pass and options by the name of the row; `mi-nodes` is compared with each of the others."""
+HOPELESS = "magnitude, uniform, plain"
+"""What the plot leaves below its edge."""
 RIVALS = ("magnitude", "taylor", "random")
 """The baselines with the same allocation and refit."""
 IMAGES = {
@@ -263,28 +265,31 @@ def draw(body: dict[str, Any], path: Path) -> None:
         from matplotlib import pyplot as plt
     except ImportError:
         return
-    rows = [row for row in body["rows"] if row["images"] == "lossless"] or body["rows"]
-    sides = [("macs_ratio", "MACs left")]
-    if any(row["latency_ratio"] for row in rows):
-        sides.append(("latency_ratio", "onnxruntime latency, CPU, 1 thread, ratio to the dense network"))
-    figure, axes = plt.subplots(
-        1, len(sides), figsize=(6 * len(sides), 4.2), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axis, (key, label) in zip(axes[0], sides, strict=True):
+    panels = []
+    for images in dict.fromkeys(row["images"] for row in body["rows"]):
+        rows = [row for row in body["rows"] if row["images"] == images]
+        panels.append((rows, "macs_ratio", f"MACs left ({images} images)"))
+        if any(row["latency_ratio"] for row in rows):
+            panels.append((rows, "latency_ratio", "onnxruntime latency, CPU, 1 thread, ratio to the dense network"))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False, layout="constrained")
+    for axis, (rows, key, label) in zip(axes[0], panels, strict=True):
+        total = rows[0]["images_reported"]
         for method in dict.fromkeys(row["method"] for row in rows):
             points: dict[float, list[tuple[float, float]]] = {}
             for row in rows:
                 if row["method"] == method and row[key]:
-                    points.setdefault(row["target"], []).append((row[key], row["right"] / row["images_reported"]))
+                    points.setdefault(row["target"], []).append((row[key], row["right"] / total))
             middle = sorted(tuple(np.mean(values, axis=0)) for values in points.values())
             axis.plot(
                 *zip(*middle, strict=True), marker="o", label=method, linewidth=2.5 if method == "mi-nodes" else 1.2
             )
-        axis.axhline(rows[0]["dense_right"] / rows[0]["images_reported"], color="grey", linestyle=":", label="dense")
-        axis.set_xlabel(label)
+        axis.axhline(rows[0]["dense_right"] / total, color="grey", linestyle=":", label="dense")
+        shown = [row["right"] / total for row in rows if row["method"] != HOPELESS]
+        axis.set(xlabel=label, ylabel=f"accuracy, {total:,} test images", ylim=(min(shown, default=0) - 0.02, None))
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel(f"accuracy, {rows[0]['images_reported']} test images")
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].legend(
+        fontsize=8, title=f"below: {HOPELESS}" if any(row["method"] == HOPELESS for row in body["rows"]) else None
+    )
     trained = f"after {body['epochs']} epochs of training" if body["epochs"] else "without training"
     figure.suptitle(f"ResNet-{body['depth']} on CIFAR-10, {trained}")
     figure.savefig(path, dpi=110)
