@@ -23,6 +23,8 @@ __all__ = [
     "RecipeError",
     "SecateursError",
     "UserError",
+    "printable",
+    "shown",
     "unknown_name",
 ]
 
@@ -94,3 +96,25 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     hint = f" Did you mean {close[0]!r}?" if close else ""
     listed = ", ".join(repr(n) for n in names) or "none"
     return f"unknown {kind} {name!r}.{hint} Known: {listed}."
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """Return a value as an error shows it: as Python writes it, cut to `limit` characters.
+
+    >>> shown("a" * 8, limit=6)
+    "'aaaaa..."
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, data nested without end
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def printable(text: str) -> str:
+    r"""Return a text whose control characters are written out, so that a name cannot steer the terminal it is printed on.
+
+    >>> print(printable("layer\x1b[2J"))
+    layer\x1b[2J
+    """
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
     from secateurs.attention import AttentionHeads
     from secateurs.blocks import Block
+    from secateurs.data import Dataset
     from secateurs.devices import Device
     from secateurs.interfaces import (
-        CostModel,
         Converter,
+        CostModel,
         DatasetLoader,
         Exporter,
         Metric,

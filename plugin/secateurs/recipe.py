@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from secateurs.budget import Budget, parse_budget
 from secateurs.data import ROLES
-from secateurs.errors import RecipeError, UserError, unknown_name
+from secateurs.errors import RecipeError, UserError, shown, unknown_name
+from secateurs.plain_yaml import MAX_DEPTH, load_yaml, read_yaml, to_yaml
 from secateurs.settings import (
     EdgeSettings,
     ExportSettings,
@@ -30,7 +30,10 @@ from secateurs.settings import (
 
 __all__ = ["DataSpec", "ModelSpec", "PassSpec", "Recipe", "load_recipe", "parse_pass", "parse_recipe", "settings_from"]
 
-MAX_RECIPE_BYTES = 1024 * 1024
+MAX_CHARACTERS = 256 * 1024
+"""Characters that a recipe may have once its variables are put in; a key or value that is no text counts as 8."""
+MAX_SEED = 2**32 - 1
+"""Largest seed that torch, numpy and scikit-learn all take."""
 _MODEL_ARGUMENTS = ("task", "revision")
 """Arguments of a loader that may stand beside its name, without `arguments`."""
 _PATHS = ("file", "folder")
@@ -70,7 +73,7 @@ class PassSpec(_Section):
 class Recipe(_Section):
     """A whole recipe, resolved: variables replaced, paths absolute."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     folder: Path
     model: ModelSpec
     data: dict[str, DataSpec]
@@ -117,11 +120,11 @@ class Recipe(_Section):
             "budget": self.budget.model_dump(mode="json", exclude_none=True),
             "targets": [target.model_dump(mode="json") for target in self.targets],
         }
-        return yaml.safe_dump(body, sort_keys=False, width=120)
+        return to_yaml(body)
 
     def digest(self) -> str:
         """Return a hash of everything in the recipe, and of the weights file, that determines the result."""
-        hashed = hashlib.sha256(json.dumps(yaml.safe_load(self.to_yaml()), sort_keys=True).encode())
+        hashed = hashlib.sha256(json.dumps(read_yaml(self.to_yaml(), "the recipe"), sort_keys=True).encode())
         if self.model.weights is not None and self.model.weights.is_file():
             hashed.update(self.model.weights.read_bytes())
         if self.model.loader == "hf":
@@ -149,18 +152,6 @@ _KEYS = (
 )
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """A safe loader without aliases: a few lines of them expand to more than fits into memory."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise RecipeError(
-                f"line {mark.line + 1} of the recipe uses a YAML alias (`*name`); use `variables` instead."
-            )
-        return super().compose_node(parent, index)
-
-
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file.
 
@@ -171,15 +162,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: it is missing, not YAML, or does not follow the form.
     """
-    try:
-        size = path.stat().st_size
-        if size > MAX_RECIPE_BYTES:
-            raise RecipeError(f"the recipe {str(path)!r} has {size} bytes; at most {MAX_RECIPE_BYTES} are read.")
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)  # noqa: S506 - a SafeLoader, and stricter
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {str(path)!r}: {error}. Give the path of a YAML file.") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}.") from None
+    data = load_yaml(path, "recipe")
     return parse_recipe(data, folder=path.resolve().parent, overrides=overrides)
 
 
@@ -207,10 +190,9 @@ def parse_recipe(data: Any, *, folder: Path, overrides: Sequence[str] = ()) -> R
         _override(data, variables, override)
     data.pop("variables", None)
     for name, value in list(variables.items()):
-        variables[name] = _substituted(
-            value, {known: variables[known] for known in variables if known != name}, f"variables.{name}"
-        )
-    data = _substituted(data, variables, "")
+        others = {known: variables[known] for known in variables if known != name}
+        variables[name] = _Substitution(others).of(value, f"variables.{name}")
+    data = _Substitution(variables).of(data, "")
     for key in data:
         if key not in _KEYS:
             raise RecipeError(unknown_name("recipe key", str(key), _KEYS))
@@ -222,7 +204,7 @@ def parse_recipe(data: Any, *, folder: Path, overrides: Sequence[str] = ()) -> R
     try:
         return Recipe(
             seed=data.get("seed", 0),
-            folder=Path(data.get("folder") or folder).absolute(),
+            folder=_file(data.get("folder") or str(folder), "folder"),
             model=_model(data["model"]),
             data={str(role): _data(role, spec) for role, spec in _mapping(data["data"], "data").items()},
             metric=data.get("metric", "accuracy"),
@@ -274,18 +256,18 @@ def _explain(error: ValidationError, where: str) -> str:
     first = error.errors()[0]
     key = ".".join([part for part in (where, *map(str, first["loc"])) if part])
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"`{key}`: {first['msg']}; got {first['input']!r}.{more}"
+    return f"`{key}`: {first['msg']}; got {shown(first['input'])}.{more}"
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise RecipeError(f"`{where}` must be a mapping, got {value!r}.")
+        raise RecipeError(f"`{where}` must be a mapping, got {shown(value)}.")
     return value
 
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
-        raise RecipeError(f"`{where}` must be a list, got {value!r}.")
+        raise RecipeError(f"`{where}` must be a list, got {shown(value)}.")
     return value
 
 
@@ -302,14 +284,27 @@ def _model(value: Any) -> ModelSpec:
             f"{', '.join(f'`{key}`' for key in _MODEL_ARGUMENTS)}; got {', '.join(spec) or 'none'}."
         )
     loader, target = next(iter(spec.items()))
-    weights = None if weights is None else Path(weights).absolute()
+    weights = None if weights is None else _file(weights, "model.weights")
     return ModelSpec(loader=loader, value=_path(loader, str(target)), arguments=arguments, weights=weights)
 
 
 def _path(option: str, value: Any) -> Any:
     """Return an option that may name a file or folder, absolute where it does."""
-    named = isinstance(value, str) and (option in _PATHS or (option in _PATHS_OR_NAMES and Path(value).exists()))
+    named = isinstance(value, str) and (option in _PATHS or (option in _PATHS_OR_NAMES and _exists(value)))
     return str(Path(value).absolute()) if named else value
+
+
+def _file(value: Any, where: str) -> Path:
+    if not isinstance(value, str):
+        raise RecipeError(f"`{where}` must be a path, got {shown(value)}.")
+    return Path(value).absolute()
+
+
+def _exists(value: str) -> bool:
+    try:
+        return Path(value).exists()
+    except OSError:  # too long for a name
+        return False
 
 
 def _data(role: Any, value: Any) -> DataSpec:
@@ -328,39 +323,79 @@ def parse_pass(value: Any) -> PassSpec:
     item = dict(_mapping(value, "passes"))
     if len(item) != 1:
         raise RecipeError(
-            f"each item of `passes` is one name with its options (`- mi-nodes: {{target_macs: 0.5}}`); got {item!r}."
+            f"each item of `passes` is one name with its options (`- mi-nodes: {{target_macs: 0.5}}`); got {shown(item)}."
         )
     name, options = next(iter(item.items()))
     return PassSpec(name=str(name), options=dict(_mapping(options or {}, f"passes.{name}")))
 
 
-def _substituted(value: Any, variables: Mapping[str, Any], where: str) -> Any:
-    if isinstance(value, dict):
-        return {key: _substituted(item, variables, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_substituted(item, variables, f"{where}.{number}") for number, item in enumerate(value)]
-    if not isinstance(value, str):
-        return value
+class _Substitution:
+    """Puts variables in the place of `${name}`, and adds up how large the recipe becomes.
 
-    def lookup(match: re.Match[str]) -> Any:
-        if match[1] not in variables:
+    Args:
+        variables: by name; each place gets a copy.
+    """
+
+    def __init__(self, variables: Mapping[str, Any]) -> None:
+        self._variables, self._left = variables, MAX_CHARACTERS
+
+    def of(self, value: Any, where: str, level: int = 0) -> Any:
+        """Return a copy of the value with every variable replaced.
+
+        Args:
+            value: plain data.
+            where: its dotted key, for messages.
+            level: lists and mappings around it.
+
+        Raises:
+            RecipeError: a variable is not known, or the whole becomes larger than `MAX_CHARACTERS` or deeper than `MAX_DEPTH`.
+        """
+        self._count(value, where, level)
+        if isinstance(value, dict):
+            return {key: self.of(item, f"{where}.{key}".lstrip("."), level + 1) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.of(item, f"{where}.{number}", level + 1) for number, item in enumerate(value)]
+        if not isinstance(value, str):
+            return value
+        whole = _VARIABLE.fullmatch(value)
+        return self._copy(self._value(whole, where), where, level) if whole else self._filled(value, where)
+
+    def _filled(self, text: str, where: str) -> str:
+        def put(match: re.Match[str]) -> str:
+            return str(self._copy(self._value(match, where), where, 0))
+
+        return _VARIABLE.sub(put, text)
+
+    def _value(self, match: re.Match[str], where: str) -> Any:
+        if match[1] not in self._variables:
             raise RecipeError(
-                f"`{where}`: " + unknown_name("variable", match[1], variables) + " Set it with `--set NAME=VALUE`."
+                f"`{where}`: "
+                + unknown_name("variable", match[1], self._variables)
+                + " Set it with `--set NAME=VALUE`."
             )
-        return variables[match[1]]
+        return self._variables[match[1]]
 
-    whole = _VARIABLE.fullmatch(value)
-    return lookup(whole) if whole else _VARIABLE.sub(lambda match: str(lookup(match)), value)
+    def _copy(self, value: Any, where: str, level: int) -> Any:
+        self._count(value, where, level)
+        if isinstance(value, dict):
+            return {key: self._copy(item, where, level + 1) for key, item in value.items()}
+        return [self._copy(item, where, level + 1) for item in value] if isinstance(value, list) else value
+
+    def _count(self, value: Any, where: str, level: int) -> None:
+        keys = sum(map(len, value)) if isinstance(value, dict) else 0
+        self._left -= len(value) if isinstance(value, str) else 8 + keys
+        if self._left < 0 or level > MAX_DEPTH:
+            raise RecipeError(
+                f"`{where[:200]}`: with its variables put in, the recipe has more than {MAX_CHARACTERS} characters or {MAX_DEPTH} levels; "
+                "use fewer of them."
+            )
 
 
 def _override(data: dict[str, Any], variables: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise RecipeError(f"`--set` takes key=value, got {override!r}.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"`--set {key}`: {text!r} is not a YAML value: {' '.join(str(error).split())}.") from None
+    value = read_yaml(text, f"the value of `--set {key}`")
     if key in variables:
         variables[key] = value
         return

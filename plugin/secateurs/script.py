@@ -28,7 +28,7 @@ from secateurs.report import Ratios, Report, Side, write_text
 from secateurs.search import prepare_search
 from secateurs.settings import RecoverySettings, SearchSettings, TargetSettings
 
-__all__ = ["PruneResult", "prune"]
+__all__ = ["PruneResult", "prune", "pruning_report"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def prune(
     pruned = copy.deepcopy(outcome.model) if outcome.model is baseline else outcome.model
     if settings.epochs:
         recover(session, pruned, settings)
-    report = _script_report(session, outcome, pruned, time.perf_counter() - began)
+    report = pruning_report(session, outcome, pruned, time.perf_counter() - began)
     report.trials = [] if found is None else found.trials()
     pruned.train(model.training)
     return PruneResult(pruned, outcome.plan, report)
@@ -159,7 +159,15 @@ def _gather(batches: Iterable[Any], example: Dataset, role: str) -> Dataset:
     return Dataset(inputs, labels, role, keyword=example.keyword)
 
 
-def _script_report(session: Session, outcome: Outcome, pruned: nn.Module, seconds: float) -> Report:
+def pruning_report(session: Session, outcome: Outcome, pruned: nn.Module, seconds: float) -> Report:
+    """Return what passes did, with parameters and MACs of both networks, where nothing was exported.
+
+    Args:
+        session: of the run.
+        outcome: of its passes.
+        pruned: the network that they led to, trained where that was asked for.
+        seconds: that it took.
+    """
     one = session.roles.calibration.take([0])
     before, after = (
         Side(

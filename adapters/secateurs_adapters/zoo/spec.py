@@ -28,6 +28,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from secateurs.errors import RecipeError, UserError, unknown_name
+from secateurs.plain_yaml import load_yaml
 from secateurs.recipe import Recipe, load_recipe, settings_from
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ __all__ = ["AXES", "Entry", "Limits", "load_zoo", "parse_zoo"]
 
 AXES = ("models", "recipes", "targets")
 """What a matrix multiplies, in the order of the parts of a name."""
-MAX_BYTES = 1024 * 1024
 _KEYS = ("schema", "defaults", "entries", "matrix")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 
@@ -102,19 +102,7 @@ def load_zoo(path: Path, overrides: Sequence[str] = (), manager: Manager | None 
     Raises:
         RecipeError: a file is missing, is not YAML, or does not follow the form; the message names the entry and the key.
     """
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise RecipeError(f"the zoo {str(path)!r} has {size} bytes; at most {MAX_BYTES} are read.")
-        text = path.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise RecipeError(f"the zoo {str(path)!r} uses a YAML alias (`*name`); use `defaults` or `matrix` instead.")
-        data = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the zoo {str(path)!r}: {error}. Give the path of a YAML file.") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the zoo {str(path)!r} is not YAML: {' '.join(str(error).split())}.") from None
-    return parse_zoo(data, overrides, manager)
+    return parse_zoo(load_yaml(path, "zoo"), overrides, manager)
 
 
 def parse_zoo(data: Any, overrides: Sequence[str] = (), manager: Manager | None = None) -> list[Entry]:

@@ -128,16 +128,16 @@ def _work(job: Job, clock: _Clock) -> Result:
 
 def _run(job: Job, clock: _Clock, begins: Callable[[], None]) -> Report:
     import torch
-    import yaml
 
     from secateurs import runner
     from secateurs.manager import create_manager
+    from secateurs.plain_yaml import read_yaml
     from secateurs.recipe import parse_recipe
 
     torch.set_num_threads(job.threads)
     begins()
     clock.says("pruning")
-    recipe = parse_recipe(yaml.safe_load(job.recipe), folder=job.directory)
+    recipe = parse_recipe(read_yaml(job.recipe, "the recipe"), folder=job.directory)
     prepared = runner.prepare(recipe, create_manager())
     prepared = replace(prepared, targets=[(_InTurn(target, clock), settings) for target, settings in prepared.targets])
     # The folder is this key's alone; what a killed process left is gone on with as far as it can be.
