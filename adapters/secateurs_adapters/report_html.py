@@ -1,103 +1,161 @@
-"""`report.html`: one self-contained page drawn from a report. No network, no script; light and dark; readable on a phone."""
+"""`report.html`: one self-contained page drawn from a report. No network, no script; light and dark; readable on a phone, printable.
+
+Everything that comes from a report is escaped, and a policy in the page forbids it to load or to run anything.
+"""
 
 from __future__ import annotations
 
+import importlib.resources
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from secateurs.report import write_text
 from secateurs.tables import TRIAL_HEADINGS, VARIANT_HEADINGS, figure_rows, trial_rows, variant_rows
+from secateurs_adapters.report_figures import details_of, figures_of_pass, figures_of_report
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from secateurs.report import Report
+    from secateurs.report import BudgetRow, PassRecord, Report
 
-__all__ = ["render", "write_report_page"]
+__all__ = ["render", "verdict_in_words", "write_report_page"]
 
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Secateurs report: {{ report.verdict }}</title>
-<style>
-:root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; --open: #9a6700; }
-@media (prefers-color-scheme: dark) { :root { --good: #3fb950; --bad: #f85149; --open: #d29922; } }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
-th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align: left; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.pass { color: var(--good); } .fail { color: var(--bad); } .undecided { color: var(--open); }
-.map td { border: 0; padding: .15rem .3rem; text-align: right; font-size: .75rem; }
-code { overflow-wrap: anywhere; }
-</style>
-</head>
-<body>
-<h1>Verdict: <span class="{{ report.verdict }}">{{ report.verdict }}</span></h1>
-{% for reason in report.reasons %}<p class="fail">{{ reason }}</p>{% endfor %}
-<div class="scroll"><table>
-<thead><tr><th>figure</th><th>baseline</th><th>candidate</th><th>ratio</th><th>budget</th><th>verdict</th></tr></thead>
-<tbody>
-{% for row in rows %}<tr><td>{{ row.name }}</td><td class="number">{{ row.baseline }}</td>
-<td class="number">{{ row.candidate }}</td><td class="number">{{ row.ratio }}</td><td class="number">{{ row.budget }}</td>
-<td class="{{ row.status or '' }}">{{ row.status or '' }}</td></tr>
-{% endfor %}</tbody></table></div>
-{% if variants %}<h2>Pruning and quantisation</h2>
-<p>Each file measured beside the dense one, on the first target.</p>
-<div class="scroll"><table>
-<thead><tr>{% for heading in variant_headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in variants %}<tr>{% for cell in row %}<td class="number">{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>{% endif %}
-{% if trials %}<h2>Search</h2>
-<p>The networks that were tried, judged on validation data before any training at the end. Costs are ratios to the baseline.</p>
-<div class="scroll"><table>
-<thead><tr>{% for heading in trial_headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in trials %}<tr>{% for cell in row %}<td class="number">{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>{% endif %}
-{% for record in report.passes %}
-<h2>{{ record.name }}</h2>
-<p>{{ record.edits }} edits in {{ '%.1f' % record.seconds }} s.
-{% if record.certificate %}Certified: differs from the masked original by {{ '%.2g' % record.certificate.max_abs }} on an output scale of
-{{ '%.3g' % record.certificate.scale }}.{% endif %}</p>
-{% if record.details.cka %}<h3>CKA of the blocks' outputs</h3>
-<div class="scroll"><table class="map"><tbody>
-{% for name in record.details.blocks %}{% set values = record.details.cka[loop.index0] %}<tr><th scope="row">{{ name }}</th>
-{% for value in values %}<td style="background: rgb(31 119 180 / {{ '%.2f' % ([value, 0] | max) }})">{{ '%.2f' % value }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>{% endif %}
-{% if record.skipped %}<h3>Left alone</h3><ul>{% for item in record.skipped %}<li><code>{{ item.where }}</code>: {{ item.reason }}</li>
-{% endfor %}</ul>{% endif %}
-{% endfor %}
-{% if report.notes %}<h2>Notes</h2><ul>{% for note in report.notes %}<li>{{ note }}</li>{% endfor %}</ul>{% endif %}
-<h2>Measured with</h2>
-<p>{{ report.environment.cpu }}, seed {{ report.environment.seed }}{% if report.environment.git %}, revision
-<code>{{ report.environment.git }}</code>{% endif %}.</p>
-<ul>{% for name, version in report.environment.versions.items() %}<li>{{ name }} {{ version }}</li>{% endfor %}</ul>
-</body>
-</html>
-"""
+_TEMPLATE = "report.html.jinja"
+_LARGEST_RECIPE = 64 * 1024
+"""Bytes of a recipe that is shown whole."""
+_MIB = 2**20
+_UNITS = {"mib": "MiB", "ms": "ms"}
+_WORDS = {"mib": "", "ms": "", "ratio": ", candidate / baseline"}
+_NAMES = {"macs": "MACs", "artifact": "size of all files", "fits": "smallest memory limit"}
+_TIMES = "\N{MULTIPLICATION SIGN}"
 
 
-def render(report: Report) -> str:
-    """Return the page as HTML text; everything that comes from the report is escaped."""
+# --- words --------------------------------------------------------------------------------------------------------------------------------
+
+
+def verdict_in_words(report: Report) -> str:
+    """Return the verdict as a sentence: how many limits hold, and what else is wrong."""
+    limits = report.budget
+    held = sum(row.status == "pass" for row in limits)
+    told = "no limit was asked for" if not limits else f"{held} of {len(limits)} limits hold"
+    if limits and held == len(limits):
+        told = "the one limit holds" if held == 1 else f"all {held} limits hold"
+    more = len(report.reasons)
+    other = "" if not more else f", and {more} other check{'s fail' if more > 1 else ' fails'}"
+    word = {"pass": "Passes", "fail": "Fails", "undecided": "Undecided"}[report.verdict]
+    return f"{word}: {told}{other}."
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """One row of the budget, in words."""
+
+    name: str
+    measured: str
+    allowed: str
+    status: str
+    reason: str
+
+
+def _limit(row: BudgetRow) -> _Limit:
+    stem, _, kind = row.name.rpartition("_")
+    name = row.name.replace("_", " ")
+    if kind in _WORDS:
+        name = _NAMES.get(stem, stem.replace("_", " ")) + _WORDS[kind]
+    unit = f" {_UNITS[kind]}" if kind in _UNITS else ""
+    spread = "" if row.ci95 is None else f" [{row.ci95[0]:.4g}, {row.ci95[1]:.4g}]"
+    measured = "not measured" if row.measured is None else f"{row.measured:.4g}{unit}{spread}"
+    where = f" ({row.target})" if row.target else ""
+    return _Limit(name + where, measured, f"at most {row.limit:g}{unit}", row.status, row.reason or "")
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """One figure in large: the ratio, and what it is of."""
+
+    name: str
+    large: str
+    small: str
+
+
+def _tiles(report: Report) -> Iterator[_Tile]:
+    before, after, ratios = report.baseline, report.candidate, report.ratios
+    for name, share, one, other in (
+        ("parameters", ratios.params, before.params, after.params),
+        ("MACs", ratios.macs, before.macs, after.macs),
+    ):
+        if share is not None:
+            yield _Tile(name, f"{_TIMES} {share:.2f}", f"{one:,} → {other:,}")
+    if ratios.artifact_bytes is not None and before.artifact_bytes and after.artifact_bytes:
+        sizes = f"{before.artifact_bytes / _MIB:.3g} → {after.artifact_bytes / _MIB:.3g} MiB"
+        yield _Tile("files", f"{_TIMES} {ratios.artifact_bytes:.2f}", sizes)
+    if not (before.targets and after.targets and ratios.targets):
+        return
+    first, second, share_of = before.targets[0], after.targets[0], ratios.targets[0]
+    if share_of.latency_p50 is not None and first.latency_ms and second.latency_ms:
+        yield _Tile(
+            "latency",
+            f"{_TIMES} {share_of.latency_p50.value:.2f}",
+            f"{first.latency_ms.p50:.3g} → {second.latency_ms.p50:.3g} ms",
+        )
+    if share_of.peak_memory is not None and first.peak_memory_bytes and second.peak_memory_bytes:
+        peaks = f"{first.peak_memory_bytes / _MIB:.3g} → {second.peak_memory_bytes / _MIB:.3g} MiB"
+        yield _Tile("peak memory", f"{_TIMES} {share_of.peak_memory:.2f}", peaks)
+    if first.accuracy is not None and second.accuracy is not None:
+        yield _Tile(first.accuracy.metric, f"{second.accuracy.value:.4g}", f"was {first.accuracy.value:.4g}")
+
+
+# --- the page -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _pass(record: PassRecord) -> dict[str, Any]:
+    details = details_of(record)
+    return {
+        "record": record,
+        "figures": list(figures_of_pass(details)),
+        "dropped": details.dropped,
+        "rounds": details.rounds,
+        "settings": [(name, "none" if value is None else str(value)) for name, value in record.settings.items()],
+    }
+
+
+def render(report: Report, recipe: str | None = None) -> str:
+    """Return the page as HTML text; everything that comes from the report is escaped.
+
+    Args:
+        report: what to draw.
+        recipe: text of the resolved recipe that lies beside the report; None where there is none.
+    """
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    data: dict[str, Any] = report.model_dump()
-    for record in data["passes"]:
-        record["details"].setdefault("cka", None)
-    return environment.from_string(_TEMPLATE).render(
-        report=data,
+    source = importlib.resources.files("secateurs_adapters").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(source).render(
+        report=report,
+        verdict=verdict_in_words(report),
+        limits=[_limit(row) for row in report.budget],
+        tiles=list(_tiles(report)),
         rows=figure_rows(report),
-        trials=trial_rows(report.trials),
-        trial_headings=TRIAL_HEADINGS,
+        figures=list(figures_of_report(report)),
+        passes=[_pass(record) for record in report.passes],
+        trials=[
+            (*row, "; ".join(trial.reasons))
+            for trial, row in zip(report.trials, trial_rows(report.trials), strict=True)
+        ],
+        trial_headings=(*TRIAL_HEADINGS, "why"),
         variants=variant_rows(report.variants),
         variant_headings=VARIANT_HEADINGS,
+        recipe=recipe,
     )
 
 
 def write_report_page(report: Report, folder: Path) -> None:
-    """Write `report.html` into `folder`, whole or not at all."""
-    write_text(folder / "report.html", render(report))
+    """Write `report.html` into `folder`, whole or not at all; the recipe there, if it is a plain file, is shown in it."""
+    path = folder / "recipe.yaml"
+    recipe = None
+    if path.is_file() and not path.is_symlink() and path.stat().st_size <= _LARGEST_RECIPE:
+        recipe = path.read_text(encoding="utf-8", errors="replace")
+    write_text(folder / "report.html", render(report, recipe))
