@@ -175,6 +175,12 @@ def _tensor_bytes(tensor: Any) -> int:
     """Return the bytes of a tensor's elements, with 4- and 2-bit elements packed."""
     if tensor.data_type == onnx.TensorProto.STRING:
         return sum(len(text) for text in tensor.string_data)
+    known = {int(code) for code in onnx.TensorProto.DataType.values()} - {onnx.TensorProto.UNDEFINED}
+    if tensor.data_type not in known or any(size < 0 for size in tensor.dims):
+        raise DataError(
+            f"the tensor {tensor.name!r} has element type {tensor.data_type} and shape {list(tensor.dims)}, which no ONNX file may have; "
+            "the file is damaged: copy or export it again."
+        )
     name = onnx.TensorProto.DataType.Name(tensor.data_type)
     if name.endswith(("INT4", "4E2M1")):
         bits = 4
@@ -205,8 +211,13 @@ def _external_files(path: Path, tensors: list[Any]) -> list[Path]:
             raise DataError(
                 f"{str(path)!r} keeps its weights in {location!r}, which is missing; copy that file beside it."
             )
-        length = int(entry["length"]) if "length" in entry else _tensor_bytes(tensor)
-        ends[file] = max(ends.get(file, 0), int(entry.get("offset", 0)) + length)
+        try:
+            length = int(entry["length"]) if "length" in entry else _tensor_bytes(tensor)
+            ends[file] = max(ends.get(file, 0), int(entry.get("offset", 0)) + length)
+        except ValueError:
+            raise DataError(
+                f"{str(path)!r} says that tensor {tensor.name!r} lies at {entry}, which are no numbers; {_NEXT}"
+            ) from None
     for file, end in ends.items():
         if file.stat().st_size < end:
             raise DataError(

@@ -161,7 +161,7 @@ def bundle(
         examples = examples.take(stratified_split(examples.labels, [samples], len(examples), 0)[0])
     manifest = write_bundle(
         read_artifact(run / "baseline.onnx"),
-        read_artifact(run / "model.onnx"),
+        read_artifact(quantised if (quantised := run / "model.quantised.onnx").exists() else run / "model.onnx"),
         output,
         data=examples,
         labelled=metric == "accuracy",
@@ -364,13 +364,9 @@ def _metric(name: str) -> Metric:
 
 
 def _mapping(path: Path, kind: str, error: type[UserError]) -> dict[str, Any]:
-    import yaml
+    from secateurs.plain_yaml import load_yaml
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as cause:
-        said = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise error(f"the {kind} {str(path)!r} cannot be read: {said}; give a YAML or JSON file.") from None
+    content = load_yaml(path, kind, error)
     if not isinstance(content, dict):
         raise error(f"the {kind} {str(path)!r} holds {type(content).__name__}; it needs `key: value` lines.")
     return content

@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,16 +101,14 @@ def export_checked(
     """
     network = _detached(model)
     data = _fit(network, example)
+    attempt = partial(_attempt, write, network, data, path, exporter=exporter, opset=opset, by_name=by_name)
     lengths, notes = _free_lengths(network, data, sequence)
-    tries = [lengths, ()] if lengths and sequence == "auto" else [lengths]
-    for attempt in tries:
-        try:
-            return _attempt(write, network, data, path, exporter, opset, attempt, by_name, notes)
-        except ExportError as error:
-            if attempt is tries[-1]:
-                raise
-            notes = (f"the sequence length is fixed at {data.length}, as with a free one {error}",)
-    raise AssertionError
+    if not lengths or sequence == "free":
+        return attempt(lengths, notes)
+    try:
+        return attempt(lengths, notes)
+    except ExportError as error:
+        return attempt((), (f"the sequence length is fixed at {data.length}, as with a free one {error}",))
 
 
 def _attempt(
@@ -117,12 +116,14 @@ def _attempt(
     network: nn.Module,
     data: Dataset,
     path: Path,
+    lengths: tuple[int, ...],
+    notes: tuple[str, ...],
+    *,
     exporter: str,
     opset: int,
-    lengths: tuple[int, ...],
     by_name: bool,
-    notes: tuple[str, ...],
 ) -> Artifact:
+    """Write a file with a free length if there are lengths to prove it at, prove it, and put it in its place."""
     traced = _traced(network, data, bool(lengths))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as folder:

@@ -296,7 +296,7 @@ def check_outputs(request: dict[str, Any]) -> dict[str, Any]:
         names = request["references"][side]
         outputs: list[list[Any]] = [[] for _ in names]
         for run in range(runs):
-            feed = {name: array[run] for name, array in inputs.items()}
+            feed = {name: np.asarray(array[run]) for name, array in inputs.items()}
             for kept, value in zip(outputs, session.run(names, feed), strict=True):
                 kept.append(value)
         with np.load(HERE / f"reference_{side}.npz", allow_pickle=False) as archive:

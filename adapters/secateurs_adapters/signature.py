@@ -183,7 +183,7 @@ def _placed(spec: TensorSpec, array: Array, file: str, batch_axis: int | None) -
     """Move the examples from the first axis to where the file has them."""
     placed = array
     if batch_axis is None and array.ndim == len(spec.shape) + 1 and len(array) and (array == array[:1]).all():
-        placed = array[0]
+        placed = np.asarray(array[0])
     elif batch_axis and array.ndim == len(spec.shape):
         placed = np.moveaxis(array, 0, batch_axis)
     fits = placed.ndim == len(spec.shape) and all(

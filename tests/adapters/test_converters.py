@@ -243,3 +243,46 @@ def test_what_was_quantised_is_described_like_any_file(tmp_path, digits):
     assert read_artifact(found.path).sha256 == found.sha256
     body = json.loads(sidecar_path(found.path).read_text())
     assert (body["exporter"], body["parity"]) == ("dynamo", None)
+
+
+# --- a published network --------------------------------------------------------------------------------------------------------------
+
+
+DATA = EXAMPLES.parents[1] / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def resnet20():
+    """ResNet-20 with published weights, and 1,000 real images that it was not trained on."""
+    from secateurs_adapters.data_settings import NpzSettings
+    from secateurs_adapters.datasets import load_npz
+    from secateurs_adapters.models import load_factory
+
+    files = [
+        DATA / f"{name}"
+        for name in (
+            "weights_resnet20_cifar10.safetensors",
+            "cifar10_lossless_test1k.npz",
+            "cifar10_lossless_train4k.npz",
+        )
+    ]
+    for file in files:
+        if not file.is_file():
+            pytest.skip(f"needs {file.name}, which is not in {DATA}")
+    model = load_factory("cifar_resnet:build", arguments={"depth": 20}, weights=files[0], folder=EXAMPLES)
+    normalise = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    test, train = (load_npz(NpzSettings(file=file, normalise=normalise)) for file in files[1:])
+    return model, train, test
+
+
+@pytest.mark.parametrize("exporter", [dynamo, TorchScriptExporter()], ids=["dynamo", "torchscript"])
+def test_resnet20_keeps_its_count_in_8_bits(tmp_path, resnet20, exporter):
+    model, train, test = resnet20
+    artifact = exporter(model, train.take(range(4)), tmp_path / "m.onnx", opset=18)
+    weights = sum(tensor.numel() * 4 for tensor in model.parameters())
+    assert weights <= artifact.weight_bytes <= 1.02 * weights, "batch norms are folded or kept, nothing is copied"
+    right = round(accuracy(artifact.path, test) * len(test))
+    assert right == 915
+    found = StaticQuantiser()(artifact, tmp_path / "q.onnx", settings=QuantiseSettings(), examples=train)
+    assert abs(round(accuracy(found.path, test) * len(test)) - right) <= 12
+    assert found.weight_bytes < 0.3 * artifact.weight_bytes
