@@ -112,7 +112,7 @@ def test_the_option_takes_the_fits_test(tmp_path):
     app = typer.Typer()
     app.command()(validate)
     file = str(wide(tmp_path / "m.onnx", 1000))
-    done = CliRunner().invoke(app, [file, file, "--fits", "--repeats", "4"])
+    done = CliRunner(env={"COLUMNS": "160"}).invoke(app, [file, file, "--fits", "--repeats", "4"])
     assert done.exit_code == 0, done.output
     assert "smallest memory limit" in done.stdout
 
