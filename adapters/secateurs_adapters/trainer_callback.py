@@ -132,8 +132,12 @@ class PruneCallback(TrainerCallback):
         self.at_step, self.at_epoch, self.limits, self.options = at_step, at_epoch, dict(limits or {}), options
         self.result: PruneResult | None = None
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+        """Refuse what cannot be pruned later, as soon as the Trainer is built."""
+        _check(args)
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
-        """Refuse what cannot be pruned later, before hours of training."""
+        """Refuse it before hours of training, where the callback was added to a Trainer that was there."""
         _check(args)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **held: Any) -> None:  # noqa: ARG002
