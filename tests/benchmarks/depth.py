@@ -196,7 +196,8 @@ def run(prepared: Prepared, key: Mapping[str, Any], step: Pass) -> dict[str, Any
 def summary(rows: Sequence[Mapping[str, Any]], mending: str, counts: Sequence[int]) -> dict[str, Any]:
     """Return images right by method and count (random: the mean, and each), and whether the first method beats what it has to."""
     each: dict[str, list[list[int]]] = {}
-    for method in dict.fromkeys(row["method"] for row in rows if row["mending"] == mending):
+    done = {row["method"] for row in rows if row["mending"] == mending}
+    for method in filter(done.__contains__, METHODS):
         of = [row for row in rows if row["method"] == method and row["mending"] == mending]
         each[method] = [[row["right"] for row in of if row["count"] == count] for count in counts]
     mean = {name: [statistics.mean(right) if right else None for right in values] for name, values in each.items()}
@@ -249,7 +250,9 @@ def plot(body: Mapping[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), sharey=True, squeeze=False)
     for axis, (mending, found) in zip(axes[0], panels.items(), strict=True):
         for method, right in found["right"].items():
-            style: dict[str, Any] = {"color": "0.5", "linestyle": "--"} if method == "random" else {"marker": "o"}
+            style: dict[str, Any] = {"color": f"C{[*METHODS].index(method)}", "marker": "o"}
+            if method == "random":
+                style = {"color": "0.5", "linestyle": "--"}
             values = [float("nan") if value is None else value for value in right]
             axis.plot(body["counts"], values, label="random (mean)" if method == "random" else method, **style)
         for count, values in zip(body["counts"], found["random_each"], strict=False):
