@@ -1,8 +1,8 @@
 """Does the latency verdict tell the truth? The same file twice, many times over; and two files whose work differs by a tenth.
 
-A/A: a file and its copy. The interval should hold 1, and no verdict may say "faster". A/B: a graph of ten equal convolutions, one of nine. How
-much faster the second really is on this machine is measured first with many processes (`calibration`); a run finds the difference when its
-interval lies below 1 and holds the calibrated ratio's side of it.
+A/A: a file and its copy. The interval should hold 1, and hardly ever may it say "faster". A/B: a graph of ten equal convolutions, one of nine.
+How much faster the second really is on this machine is measured first with many processes (`calibration`); a run finds the difference when its
+interval lies below 1. Every run is written when it is done, with the load of the machine; started again with the same output, it goes on.
 
     python tests/benchmarks/aa_latency.py --output aa.json
     python tests/benchmarks/aa_latency.py --output aa.json --runs 4 --differing 2 --calibration 5      # a short try
@@ -11,6 +11,7 @@ interval lies below 1 and holds the calibrated ratio's side of it.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -50,26 +51,31 @@ def convolutions(path: Path, count: int) -> Path:
     return path
 
 
-def repeat(baseline: Path, candidate: Path, settings: TargetSettings, runs: int, name: str) -> list[dict[str, Any]]:
-    """Measure two files so many times, each time anew, and return what each measurement said."""
-    rows = []
-    for number in range(runs):
-        start = time.perf_counter()
-        found = measure_latency(baseline, candidate, settings, seed=number)
-        low, high = found.ratio.ci95 or (0.0, float("inf"))
-        rows.append(
-            {
-                "ratio": found.ratio.value,
-                "low": low,
-                "high": high,
-                "width": high - low,
-                "cv": found.baseline.latency.cv,
-                "p50_ms": found.baseline.latency.p50,
-                "seconds": time.perf_counter() - start,
-            }
-        )
-        print(f"{name} {number + 1} of {runs}: {found.ratio.value:.4f} [{low:.4f}, {high:.4f}]", file=sys.stderr)
-    return rows
+def measure(baseline: Path, candidate: Path, settings: TargetSettings, seed: int) -> dict[str, Any]:
+    """Measure two files once and return what the measurement said."""
+    start = time.perf_counter()
+    found = measure_latency(baseline, candidate, settings, seed=seed)
+    low, high = found.ratio.ci95 or (0.0, float("inf"))
+    return {
+        "ratio": found.ratio.value,
+        "low": low,
+        "high": high,
+        "width": high - low,
+        "cv": found.baseline.latency.cv,
+        "p50_ms": found.baseline.latency.p50,
+        "seconds": time.perf_counter() - start,
+        "load_average": measuring.machine()["load_average"],
+    }
+
+
+def resumed(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
+    """Return what an earlier start with the same protocol wrote, or what a first one begins with."""
+    if not path.exists():
+        return {"protocol": protocol, "required": REQUIRED, "calibration": [], "same": [], "differing": []}
+    body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if body["protocol"] != protocol:
+        sys.exit(f"{path} was measured by another protocol; give another --output.")
+    return body
 
 
 def summary(same: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:
@@ -111,34 +117,39 @@ def main() -> None:
     options = parser.parse_args()
     settings = TargetSettings.model_validate({"repeats": options.repeats})
     careful = settings.model_copy(update={"processes": options.calibration, "repeats": 2 * options.repeats})
+    protocol = {
+        "processes": settings.processes,
+        "repeats": settings.repeats,
+        "warmup": settings.warmup,
+        "batch_size": settings.batch_size,
+        "calibration_processes": careful.processes,
+        "files": "10 (9) convolutions, 32 channels, 3x3, on 24x24",
+    }
+    body = resumed(options.output, protocol)
     with tempfile.TemporaryDirectory() as folder:
         ten, copy, nine = (
             convolutions(Path(folder) / name, count) for name, count in (("a.onnx", 10), ("b.onnx", 10), ("c.onnx", 9))
         )
-        before = measuring.machine()
-        calibrated = repeat(ten, nine, careful, 1, "calibration")[0]
-        same = repeat(ten, copy, settings, options.runs, "same file")
-        other = repeat(ten, nine, settings, options.differing, "nine of ten")
-    found = summary(same, other)
-    body = {
-        "protocol": {
-            "processes": settings.processes,
-            "repeats": settings.repeats,
-            "warmup": settings.warmup,
-            "batch_size": settings.batch_size,
-            "files": "10 (9) convolutions, 32 channels, 3x3, on 24x24",
-        },
-        "required": REQUIRED,
-        "summary": found,
-        "passes": passes(found),
-        "calibration": calibrated,
-        "same": same,
-        "differing": other,
-        "machine": {"before": before, "after": measuring.machine()},
-        "versions": measuring.versions("onnxruntime", "numpy", "secateurs"),
-    }
+        parts = (
+            ("calibration", nine, careful, 1),
+            ("same", copy, settings, options.runs),
+            ("differing", nine, settings, options.differing),
+        )
+        for name, other, how, count in parts:
+            while len(rows := body[name]) < count:
+                rows.append(measure(ten, other, how, len(rows)))
+                last = rows[-1]
+                print(
+                    f"{name} {len(rows)} of {count}: {last['ratio']:.4f} [{last['low']:.4f}, {last['high']:.4f}]",
+                    file=sys.stderr,
+                )
+                body["machine"] = measuring.machine()
+                body["versions"] = measuring.versions("onnxruntime", "numpy", "secateurs")
+                measuring.write(options.output, body)
+    body["summary"] = summary(body["same"], body["differing"])
+    body["passes"] = passes(body["summary"])
     measuring.write(options.output, body)
-    print(found, body["passes"])
+    print(body["summary"], body["passes"])
 
 
 if __name__ == "__main__":

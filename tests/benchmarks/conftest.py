@@ -11,4 +11,6 @@ collect_ignore = [
     "stories260k.py",
     "frontier.py",
     "zoo_overhead.py",
+    "aa_latency.py",
+    "memory_plan.py",
 ]
