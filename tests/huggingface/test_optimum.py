@@ -15,13 +15,13 @@ from secateurs import cost
 from secateurs.forward import to_dataset
 from secateurs_adapters.hf_folder import write_folder
 
-for needed in ("optimum.onnxruntime", "optimum.exporters.onnx"):
-    reason = "needs the extra `optimum`, which takes transformers below 4.58"
-    pytest.importorskip(needed, reason=reason, exc_type=ImportError)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-from optimum.exporters.onnx import main_export  # noqa: E402
-from optimum.onnxruntime import ORTModelForImageClassification, ORTModelForSequenceClassification  # noqa: E402
+try:
+    from optimum.exporters.onnx import main_export
+    from optimum.onnxruntime import ORTModelForImageClassification, ORTModelForSequenceClassification
+except ImportError as error:
+    pytest.skip(f"needs the extra `optimum`, which takes transformers below 4.58: {error}", allow_module_level=True)
 
 from secateurs_adapters.optimum_export import OptimumExporter  # noqa: E402
 
