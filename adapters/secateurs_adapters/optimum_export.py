@@ -5,6 +5,7 @@ Saving would lose what no configuration describes, such as layers of different w
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ class OptimumExporter:
         settings: the recipe's `export.options`.
 
     Raises:
-        PluginError: Optimum's exporter is not installed.
+        PluginError: Optimum's exporter is not installed, or cannot be imported beside the transformers that is.
     """
 
     settings: OptimumSettings = field(default_factory=OptimumSettings)
@@ -50,6 +51,13 @@ class OptimumExporter:
                 "the exporter 'optimum' needs the package optimum-onnx, which is not installed; pip install "
                 "'secateurs[optimum]' (transformers below 4.58), or use `exporter: dynamo`."
             )
+        try:
+            importlib.import_module("optimum.exporters.onnx.convert")
+        except ImportError as error:
+            raise PluginError(
+                f"the exporter 'optimum' cannot be imported ({error}); it takes transformers below 4.58: pip install 'secateurs[optimum]', "
+                f"or use `exporter: dynamo`."
+            ) from error
 
     def __call__(self, model: nn.Module, example: Dataset, path: Path, *, opset: int) -> Artifact:
         """Export `model` to `path`; see `export_checked`.

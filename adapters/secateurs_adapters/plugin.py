@@ -179,6 +179,12 @@ def secateurs_register_commands(register: Registrar[Callable[..., Any]]) -> None
     register("validate", "secateurs_adapters.commands:validate", summary="compare two ONNX files and judge a budget")
     register("bundle", "secateurs_adapters.commands:bundle", summary="write a folder that measures itself on a device")
     register("zoo", "secateurs_adapters.zoo.command:zoo", summary="prune many models in one unattended batch")
+    register("olive", "secateurs_adapters.olive_command:olive", summary="run an Olive workflow with our passes")
+    register(
+        "olive-config",
+        "secateurs_adapters.olive_command:olive_config",
+        summary="write Olive's list of passes with ours added",
+    )
 
 
 @hookimpl

@@ -245,9 +245,16 @@ def sentences():
     return Dataset({**inputs, "token_type_ids": np.zeros_like(inputs["input_ids"])}, keyword=True)
 
 
+def optimum_works():
+    try:
+        OptimumExporter()
+    except PluginError:
+        return False
+    return True
+
+
 needs_optimum = pytest.mark.skipif(
-    importlib.util.find_spec("optimum") is None or importlib.util.find_spec("optimum.exporters") is None,
-    reason="needs the extra `optimum`",
+    "not optimum_works()", reason="needs the extra `optimum` and transformers below 4.58"
 )
 
 
@@ -289,4 +296,12 @@ def test_optimum_refuses_other_networks_and_other_inputs_with_the_way_out(tmp_pa
 def test_without_optimum_the_wheel_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(PluginError, match=r"optimum-onnx, which is not installed.*secateurs\[optimum\]"):
+        OptimumExporter()
+
+
+@pytest.mark.hf
+@pytest.mark.skipif("optimum_works()", reason="needs transformers 5 beside the extra `optimum`")
+def test_beside_transformers_5_the_way_out_is_named():
+    pytest.importorskip("optimum.exporters", exc_type=ImportError)
+    with pytest.raises(PluginError, match=r"takes transformers below 4\.58.*exporter: dynamo"):
         OptimumExporter()
