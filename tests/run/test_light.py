@@ -71,6 +71,8 @@ def test_the_recipes_of_the_examples_resolve():
     from secateurs.recipe import load_recipe
 
     for path in sorted((ROOT / "examples").glob("*.yaml")):
+        if path.name == "zoo.yaml":  # not a recipe; tests/zoo reads it
+            continue
         recipe = load_recipe(path)
         assert recipe.passes
         assert recipe.folder == path.parent
