@@ -17,6 +17,10 @@ _NUMBERED = 10
 _CELLS = 48
 """Up to as many blocks, each cell says its figure to the mouse and the table holds them all."""
 _LEVELS = 24
+_DARK = 15.5 / _LEVELS
+"""Shades above this one carry the other ink: in both schemes of the page its contrast is 4.5 or more."""
+_LETTER = 6.4
+"""Width of a letter of a label, on the average; for keeping labels apart."""
 _CROSS = "\N{MULTIPLICATION SIGN}"
 _LARGEST = 400
 """Rows of a table and bars of a figure, at the most; the rest is in `report.json`."""
@@ -40,12 +44,17 @@ def heat_map(
     """
     count = len(names)
     low = min((value for row in matrix for value in row if value is not None), default=0.0)
-    left, top = 92.0, 20.0
+    left, top = 110.0, 20.0
     cell = (WIDTH - left - 4) / max(count, 1)
     shown: list[str] = []
     for row, values in enumerate(matrix):
         shown += _cells(names, row, values, low, (left, top + row * cell), cell)
-    step = max(1, math.ceil(9 / cell))
+    step = max(1, math.ceil(10 / cell))
+    shown += [
+        tag("rect", class_="gone", x=left - 3, y=top + number * cell, width=2.5, height=cell)
+        for number, name in enumerate(names)
+        if name in dropped
+    ]
     for number in range(0, count, step):
         middle = number * cell + cell / 2
         gone = " gone" if names[number] in dropped else ""
@@ -74,7 +83,7 @@ def heat_map(
     caption = "The stronger the colour, the more alike two blocks' outputs are." + (
         f" Frames: {kind}." if boxes else ""
     )
-    caption += f" {_CROSS} marks blocks that were bypassed." if dropped else ""
+    caption += f" {_CROSS}, and red at the left, mark blocks that were bypassed." if dropped else ""
     return Figure(
         "CKA of the blocks' outputs",
         caption,
@@ -103,7 +112,7 @@ def _cells(
             found.append(tag("rect", *inside, class_="cell", fill_opacity=0.04 + 0.96 * shade, **place))
             if len(values) <= _NUMBERED:
                 middle = {"x": x + (start + 0.5) * cell, "y": y + cell / 2 + 3.5}
-                ink = "dark" if shade > 0.5 else "light"
+                ink = "dark" if shade > _DARK else "light"
                 found.append(tag("text", f"{value:.2f}", class_=f"number {ink}", text_anchor="middle", **middle))
         start = end
     return found
@@ -247,9 +256,10 @@ def scatter(title: str, caption: str, x_label: str, y_label: str, points: Sequen
     """Draw points with their intervals; the shape of a mark says what became of it."""
     ys = [value for point in points for value in (point.y, point.low, point.high) if value is not None]
     room = 0.08 * (max(ys) - min(ys)) or abs(ys[0]) * 0.01 or 0.01
-    x = Axis(0.0, 1.05 * max((point.x for point in points), default=1.0), 44, WIDTH - 8, x_label)
+    x = Axis(0.0, 1.05 * max((point.x for point in points), default=1.0), 44, WIDTH - 14, x_label)
     y = Axis(min(ys) - room, max(ys) + room, 226, 26, y_label)
-    marks = [_mark(point, x, y) for point in points]
+    places = _places([(x.at(point.x), y.at(point.y)) for point in points], points)
+    marks = [_mark(point, x, y, place) for point, place in zip(points, places, strict=True)]
     kinds = [kind for kind in _SHAPES if any(point.kind == kind for point in points)]
     described = "; ".join(f"{point.name} {point.kind}: {point.x:.4g}, {point.y:.4g}" for point in points[:40])
     described = f"{y_label} against {x_label}: {described}"
@@ -273,26 +283,49 @@ def scatter(title: str, caption: str, x_label: str, y_label: str, points: Sequen
 
 
 _SHAPES = ("baseline", "chosen", "accepted", "rejected")
+_NAME = 16
+"""Letters of a name in a plot."""
 
 
-def _mark(point: Point, x: Axis, y: Axis) -> Markup:
+def _places(marks: Sequence[tuple[float, float]], points: Sequence[Point]) -> list[tuple[float, float] | None]:
+    """Return where each label starts so that it covers no other label and no other mark; None where there is no such place.
+
+    Baseline and chosen networks come first; a point without a label tells its name to the mouse and in the table.
+    """
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in marks]
+    found: list[tuple[float, float] | None] = [None] * len(points)
+    for number in sorted(range(len(points)), key=lambda one: _SHAPES.index(points[one].kind)):
+        (x, y), wide = marks[number], _LETTER * min(len(points[number].name), _NAME)
+        for left, base in (
+            (x + 9, y - 5),
+            (x - 9 - wide, y - 5),
+            (x + 9, y + 12),
+            (x - 9 - wide, y + 12),
+            (x - wide / 2, y - 10),
+        ):
+            box = (left, base - 9, left + wide, base + 2)
+            if left < 46 or left + wide > WIDTH or any(_meet(box, other) for other in taken):
+                continue
+            found[number] = left, base
+            taken.append(box)
+            break
+    return found
+
+
+def _meet(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _mark(point: Point, x: Axis, y: Axis, place: tuple[float, float] | None) -> Markup:
     at, up = x.at(point.x), y.at(point.y)
     told = f"{point.name}, {point.kind}: {x.label} {point.x:.4g}, {y.label} {point.y:.4f}. {point.note}".strip()
     inside = [tag("title", told)]
     if point.low is not None and point.high is not None:
         inside.append(tag("line", class_="interval", x1=at, x2=at, y1=y.at(point.low), y2=y.at(point.high)))
-    near_edge = at > WIDTH - 50
     inside.append(_shape(point.kind, at, up))
-    inside.append(
-        tag(
-            "text",
-            shortened(point.name, 16),
-            class_="tick",
-            x=at - 8 if near_edge else at + 8,
-            y=up - 5,
-            text_anchor="end" if near_edge else "start",
-        )
-    )
+    if place is not None:
+        left, base = place
+        inside.append(tag("text", shortened(point.name, _NAME), class_="tick", x=left, y=base))
     return tag("g", *inside, class_=f"point {point.kind}")
 
 
@@ -333,7 +366,7 @@ def memory_curve(where: str, baseline: Sequence[int], candidate: Sequence[int], 
         (name, size) for name, size in (("MiB", 2**20), ("KiB", 2**10), ("bytes", 1)) if high >= size or size == 1
     )
     length = max(len(baseline), len(candidate))
-    x = Axis(0.0, float(length), 44, WIDTH - 8, "node, in order of execution")
+    x = Axis(0.0, float(length), 44, WIDTH - 14, "node, in order of execution")
     y = Axis(0.0, 1.1 * high / scale, 206, 26, f"{unit} of tensors")
     marks: list[Markup] = []
     told = []

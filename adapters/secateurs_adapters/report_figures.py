@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Details", "details_of", "figures_of_pass", "figures_of_report"]
 
-_BLOCKS = 256
+_BLOCKS = 512
 """Blocks that are drawn at the most."""
 Figures = Annotated[list[list[Annotated[float, Field(allow_inf_nan=False)] | None]], Field(max_length=_BLOCKS)]
 
@@ -71,11 +71,15 @@ class Details(_Lenient):
 
 
 def details_of(record: PassRecord) -> Details:
-    """Return what can be drawn; nothing where a pass gave these names another meaning."""
-    try:
-        return Details.model_validate(record.details)
-    except ValidationError:
-        return Details()
+    """Return what can be drawn, without a similarity that is too large or not finite; nothing where a pass gave these names another meaning."""
+    for left_out in ((), ("cka",)):
+        try:
+            return Details.model_validate(
+                {name: value for name, value in record.details.items() if name not in left_out}
+            )
+        except ValidationError:
+            continue
+    return Details()
 
 
 def figures_of_pass(details: Details) -> Iterator[Figure]:
