@@ -18,14 +18,30 @@ _MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class FigureRow:
-    """One figure: baseline, candidate, ratio, and the budget with its status where there is one."""
+    """One figure: baseline, candidate, ratio, and the budget with its status where there is one.
 
-    name: str
+    Attributes:
+        what: was measured, with its unit.
+        baseline: the figure of the dense network.
+        candidate: of the pruned one.
+        ratio: of the two, or the drop.
+        budget: the limits on it.
+        status: whether they hold.
+        where: the target that it was measured on; empty for what depends on none.
+    """
+
+    what: str
     baseline: str
     candidate: str
     ratio: str = ""
     budget: str = ""
     status: Status | None = None
+    where: str = ""
+
+    @property
+    def name(self) -> str:
+        """What was measured, and where."""
+        return f"{self.what} ({self.where})" if self.where else self.what
 
 
 def figure_rows(report: Report) -> list[FigureRow]:
@@ -112,9 +128,10 @@ def _target_rows(
             "" if drop is None else f"drop {drop.value:.4f}",
             "" if row is None else f"drop <= {row.limit:g}",
             None if row is None else row.status,
+            where,
         )
     elif ratios.agreement is not None:
-        accuracy = FigureRow("agreement of the outputs", "", f"{ratios.agreement:.4f}")
+        accuracy = FigureRow("agreement of the outputs", "", f"{ratios.agreement:.4f}", where=where)
     if before.latency_ms is not None and after.latency_ms is not None:
         measured = ratios.latency_p50
         rows = [row for name in ("latency_ratio", "latency_ms") if (row := budget.get((name, label)))]
@@ -122,12 +139,13 @@ def _target_rows(
             "" if measured is None or measured.ci95 is None else f" [{measured.ci95[0]:.3f}, {measured.ci95[1]:.3f}]"
         )
         latency = FigureRow(
-            f"latency p50, ms ({where})",
+            "latency p50, ms",
             f"{before.latency_ms.p50:.4g}",
             f"{after.latency_ms.p50:.4g}",
             "" if measured is None else f"{measured.value:.3f}{spread}",
             _limits(rows),
             _worst(rows),
+            where,
         )
     activations = (before.activation_bytes_profiled, after.activation_bytes_profiled)
     planned = (before.activation_bytes_planned, after.activation_bytes_planned)
@@ -136,21 +154,23 @@ def _target_rows(
         latency,
         *_spread_rows(before.latency_ms, after.latency_ms, where),
         _row(
-            f"peak memory, MiB ({where})",
+            "peak memory, MiB",
             _mib(before.peak_memory_bytes),
             _mib(after.peak_memory_bytes),
             ratios.peak_memory,
             budget.get(("peak_memory_mib", label)),
             budget.get(("peak_memory_ratio", label)),
+            where=where,
         ),
-        _row(f"activation peak, MiB ({where})", _mib(activations[0]), _mib(activations[1]), _share(*activations)),
-        _row(f"activation peak as planned, MiB ({where})", _mib(planned[0]), _mib(planned[1]), _share(*planned)),
+        _row("activation peak, MiB", _mib(activations[0]), _mib(activations[1]), _share(*activations), where=where),
+        _row("activation peak as planned, MiB", _mib(planned[0]), _mib(planned[1]), _share(*planned), where=where),
         _row(
-            f"smallest memory limit, MiB ({where})",
+            "smallest memory limit, MiB",
             _mib(before.fits_bytes),
             _mib(after.fits_bytes),
             ratios.fits,
             budget.get(("fits_mib", label)),
+            where=where,
         ),
     ]
 
@@ -160,11 +180,11 @@ def _spread_rows(before: Latency | None, after: Latency | None, where: str) -> l
     if before is None or after is None:
         return []
     rows = [
-        _row(f"latency {name}, ms ({where})", getattr(before, name), getattr(after, name), None)
+        _row(f"latency {name}, ms", getattr(before, name), getattr(after, name), None, where=where)
         for name in ("p95", "p99")
     ]
     noise, other = (f"{one.cv:.0%} of {one.n} runs" for one in (before, after))
-    return [*rows, FigureRow(f"latency noise, cv ({where})", noise, other)]
+    return [*rows, FigureRow("latency noise, cv", noise, other, where=where)]
 
 
 def _row(
@@ -174,6 +194,7 @@ def _row(
     share: float | None,
     *limits: BudgetRow | None,
     count: bool = False,
+    where: str = "",
 ) -> FigureRow | None:
     if before is None and after is None:
         return None
@@ -183,7 +204,7 @@ def _row(
         return "not measured" if value is None else f"{int(value):,}" if count else f"{value:.4g}"
 
     return FigureRow(
-        name, text(before), text(after), "" if share is None else f"{share:.3f}", _limits(rows), _worst(rows)
+        name, text(before), text(after), "" if share is None else f"{share:.3f}", _limits(rows), _worst(rows), where
     )
 
 
