@@ -19,7 +19,7 @@ from secateurs.report import Accuracy, Estimate, Pairs
 from secateurs_adapters.session import Session, run_dataset, seeded_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from secateurs.data import Dataset
     from secateurs.interfaces import Metric
@@ -69,9 +69,7 @@ def compare_accuracy(
             f"data set {evaluation.origin!r} has no labels, and metric {metric.name!r} needs one per example; add "
             "labels."
         )
-    size = _batch_size(evaluation.inputs, batch_size)
-    before = _first(run_dataset(baseline, evaluation.inputs, size))
-    after = _first(run_dataset(candidate, evaluation.inputs, size))
+    before, after = (_first(outputs) for outputs in _dataset_runs(baseline, candidate, evaluation.inputs, batch_size))
     first, right_before = score(metric, before, evaluation.labels)
     second, right_after = score(metric, after, evaluation.labels)
     if right_before is None or right_after is None:
@@ -125,8 +123,7 @@ def agreement(
         DataError: the files take different inputs, or return different shapes.
     """
     if inputs is not None:
-        size = _batch_size(inputs, batch_size)
-        pairs = [(run_dataset(baseline, inputs, size), run_dataset(candidate, inputs, size))]
+        pairs = [_dataset_runs(baseline, candidate, inputs, batch_size)]
     else:
         pairs = list(_seeded_runs(baseline, candidate, batch_size, length, examples, seed))
     shares: dict[str, list[float]] = {}
@@ -139,13 +136,27 @@ def agreement(
     return {name: float(np.average(shares[name], weights=weights[name])) for name in shares}
 
 
+def _dataset_runs(
+    baseline: Session, candidate: Session, inputs: Mapping[str, Array], batch_size: int
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Run both files on all examples, in larger batches than asked for where they take them; return their outputs."""
+    size = _batch_size(inputs, batch_size)
+    try:
+        return run_dataset(baseline, inputs, size), run_dataset(candidate, inputs, size)
+    except DataError:
+        if size == batch_size:
+            raise
+        return run_dataset(baseline, inputs, batch_size), run_dataset(candidate, inputs, batch_size)
+
+
 def _seeded_runs(
     baseline: Session, candidate: Session, batch_size: int, length: int | None, examples: int, seed: int
 ) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
     """Run both files on seeded inputs until there were enough examples; yield their outputs."""
     size = baseline.fixed_batch() or batch_size
     if baseline.fixed_batch() is None:
-        size = min(_batch_size(seeded_inputs(baseline, size, seed, length), size), max(examples, size))
+        larger = min(_batch_size(seeded_inputs(baseline, size, seed, length), size), max(examples, size))
+        size = larger if _run_at(larger, (baseline, candidate), seed, length) else size
     for index in range(-(-examples // size)):
         feeds = seeded_inputs(baseline, size, seed + index, length)
         missing = [spec.name for spec in candidate.inputs if spec.name not in feeds]
@@ -155,6 +166,16 @@ def _seeded_runs(
                 f"{[spec.name for spec in candidate.inputs]}; compare two files of the same task, with the same input names."
             )
         yield (baseline.examples_first(baseline.run(feeds)), candidate.examples_first(candidate.run(feeds)))
+
+
+def _run_at(size: int, sessions: Sequence[Session], seed: int, length: int | None) -> bool:
+    """Tell whether files run at a batch size: some say that it is free, and hold a reshape to the size that they were exported at."""
+    try:
+        for session in sessions:
+            session.run(seeded_inputs(session, size, seed, length))
+    except DataError:
+        return False
+    return True
 
 
 def _matched(
@@ -192,7 +213,7 @@ def _agreed(before: Array, after: Array) -> npt.NDArray[np.bool_]:
     with np.errstate(invalid="ignore"):
         close = np.abs(reference - other) <= AGREEMENT_TOLERANCE * (finite.max() if finite.size else 0.0)
     same = np.atleast_1d(close | (reference == other) | (np.isnan(reference) & np.isnan(other)))
-    return np.asarray(same.reshape(len(same), -1).all(1))
+    return np.asarray(same.all(tuple(range(1, same.ndim))))
 
 
 def _batch_size(inputs: Mapping[str, Array], smallest: int) -> int:

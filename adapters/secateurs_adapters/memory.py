@@ -217,7 +217,7 @@ def _portable_peak() -> Mapping[str, Any]:
 def _profile(request: Mapping[str, Any]) -> Mapping[str, Any]:
     """Run the file once with the profiler on, and return the largest peak of any node's arena, bytes."""
     with tempfile.TemporaryDirectory(prefix="secateurs-") as folder:
-        written = None if request["written"] is None else Path(request["written"])
+        written = Path(request["written"]) if request.get("written") else None
         options = _options(request, memory_pattern=False, profile=Path(folder) / "profile", optimised=written)
         session = Session(Path(request["file"]), options)
         _run(session, request, 1)

@@ -237,18 +237,19 @@ class Session:
         device = _DEVICES.get(self.options.provider, "cpu")
         make = onnxruntime.OrtValue
         binding = self._session.io_binding()
+        types = {value.name: _DTYPES.get(value.type) for value in self._session.get_outputs()}
         held = {name: make.ortvalue_from_numpy(array, device, 0) for name, array in feeds.items()}
         room = {
             name: make.ortvalue_from_shape_and_type(list(a.shape), a.dtype.type, device, 0)
             for name, a in outputs.items()
-            if isinstance(a, np.ndarray) and a.dtype.kind in "fiub"
+            if isinstance(a, np.ndarray) and types[name] is a.dtype.type
         }
         for name, value in held.items():
             binding.bind_ortvalue_input(name, value)
         for name in outputs:
             if name in room:
                 binding.bind_ortvalue_output(name, room[name])
-            else:  # text, and what is no tensor, is allocated by onnxruntime at every run
+            else:  # text, 8-bit floats and what is no tensor are allocated by onnxruntime at every run
                 binding.bind_output(name)
 
         def run(_alive: object = (feeds, held, room)) -> None:
@@ -349,7 +350,9 @@ def _native_options(options: SessionOptions) -> Any:
     native.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     native.enable_mem_pattern = options.memory_pattern
     native.enable_cpu_mem_arena = options.memory_arena
-    native.log_severity_level = 3  # errors; a fallback is reported from the assignment, not from a log line
+    native.log_severity_level = (
+        4  # errors are raised, and a fallback is reported from the assignment, not from log lines
+    )
     native.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if options.record_assignment:
         native.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

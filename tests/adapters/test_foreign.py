@@ -1,6 +1,7 @@
 """Files that others wrote validate without special handling."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent))
 import foreign
+import odd
 
 from secateurs.data import Dataset
 from secateurs.errors import DataError
 from secateurs.settings import TargetSettings
-from secateurs_adapters.accuracy import agreement
+from secateurs_adapters.accuracy import agreement, compare_accuracy
 from secateurs_adapters.artifact import read_artifact
 from secateurs_adapters.commands import validate
+from secateurs_adapters.metrics import accuracy
 from secateurs_adapters.session import Session, run_dataset, seeded_inputs
 from secateurs_adapters.signature import Signature, TensorSpec
 from secateurs_adapters.vetting import Limits, limits_for, vet_file
@@ -70,6 +73,42 @@ def test_a_foreign_file_runs_and_agrees_with_itself(tmp_path, family, opset):
     shares = agreement(session, session, batch_size=size, length=length, examples=8)
     assert set(shares) == {name for name, value in outputs.items() if isinstance(value, np.ndarray)}
     assert set(shares.values()) == {1.0}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", odd.RUN)
+def test_an_odd_file_runs_and_agrees_with_itself(tmp_path, kind):
+    session = Session(odd.write(tmp_path / "m.onnx", odd.RUN[kind]))
+    feeds = seeded_inputs(session, session.fixed_batch() or 1)
+    outputs = session.run(feeds)
+    session.bind(feeds, outputs)()
+    found = agreement(session, session, batch_size=session.fixed_batch() or 1, examples=8)
+    assert found == {name: 1.0 for name, value in outputs.items() if isinstance(value, np.ndarray)}
+    assert read_artifact(session.path).weight_bytes >= 0
+
+
+def use(path):
+    """Run a file once, and compare it with itself."""
+    session = Session(path)
+    session.run(seeded_inputs(session, 1))
+    agreement(session, session, batch_size=1, examples=8)
+
+
+@pytest.mark.parametrize("said", odd.REFUSED)
+def test_what_cannot_be_fed_run_or_compared_is_refused_in_words(tmp_path, said):
+    path = odd.write(tmp_path / "m.onnx", odd.REFUSED[said])
+    with pytest.raises(DataError, match=re.escape(said)):
+        use(path)
+
+
+def test_labelled_data_is_run_in_the_batches_that_the_file_takes(tmp_path):
+    """A file that says that its batch is free, and holds it to one."""
+    session = Session(odd.write(tmp_path / "m.onnx", odd.RUN["a batch of one in fact"]))
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    data = Dataset({"x": x}, x.argmax(1), "made")
+    assert compare_accuracy(session, session, data, accuracy).baseline.value == 1.0
+    with pytest.raises(DataError, match="Reshape"):
+        compare_accuracy(session, session, data, accuracy, batch_size=2)
 
 
 def test_another_network_is_told_by_each_output(tmp_path):
@@ -195,6 +234,13 @@ def test_the_command_takes_foreign_files(tmp_path, run, family):
 @pytest.mark.parametrize("family", foreign.FAMILIES)
 def test_the_command_takes_every_foreign_file(tmp_path, run, family, opset):
     judged(run, foreign.FAMILIES[family](tmp_path / "m.onnx", opset))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kind", odd.RUN)
+def test_the_command_takes_every_odd_file(tmp_path, run, kind):
+    judged(run, odd.write(tmp_path / "m.onnx", odd.RUN[kind]))
 
 
 @pytest.mark.long
