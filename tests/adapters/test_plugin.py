@@ -12,7 +12,7 @@ from secateurs import hookspecs
 from secateurs.registry import Registrar, Registry
 from secateurs_adapters import plugin
 
-KINDS = ("models", "datasets", "exporters", "converters", "targets", "metrics", "cost_models", "commands")
+KINDS = ("models", "datasets", "exporters", "converters", "targets", "metrics", "cost_models", "devices", "commands")
 
 
 def registered(kind: str) -> Registry:
@@ -30,7 +30,7 @@ def test_every_hook_exists():
 @pytest.mark.parametrize("kind", KINDS)
 def test_everything_can_be_imported(kind):
     for entry in registered(kind):
-        assert callable(entry.load()) or kind in ("metrics", "cost_models")
+        assert callable(entry.load()) or kind in ("metrics", "cost_models", "devices")
         assert entry.summary
         if kind == "datasets":
             assert issubclass(entry.load_settings(), BaseModel)
