@@ -17,7 +17,7 @@ from secateurs.errors import BudgetError, DataError, PluginError, RecipeError, U
 if TYPE_CHECKING:
     from secateurs.budget import Budget
     from secateurs.data import Dataset
-    from secateurs.interfaces import Metric, ProgressEvent
+    from secateurs.interfaces import Metric
     from secateurs.report import Report
     from secateurs.settings import TargetSettings
 
@@ -111,20 +111,24 @@ def validate(
         max_processes=max_processes,
     )
     evaluation = load_evaluation(data)
+    from secateurs.cli import progress_bar
+    from secateurs.manager import create_manager
+
     with _needs_onnx("validate"):
         from secateurs_adapters.validate import validate_files
-    report = validate_files(
-        baseline,
-        candidate,
-        targets=targets,
-        budget=limits,
-        evaluation=evaluation,
-        metric=_metric(metric),
-        progress=_tell,
-        adopt_batch=batch_size is None,
-        time_limit=time_limit,
-        memory_limit_mib=memory_limit,
-    )
+    with progress_bar(create_manager()) as progress:
+        report = validate_files(
+            baseline,
+            candidate,
+            targets=targets,
+            budget=limits,
+            evaluation=evaluation,
+            metric=_metric(metric),
+            progress=progress,
+            adopt_batch=batch_size is None,
+            time_limit=time_limit,
+            memory_limit_mib=memory_limit,
+        )
     _finish(report, junit, as_json)
 
 
@@ -147,6 +151,7 @@ def bundle(
         float | None,
         typer.Option(min=0, help="Largest difference of outputs on the device, as a share of their largest value."),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write a folder that measures both files of a run on a device that has only onnxruntime and numpy."""
     with _needs_onnx("bundle"):
@@ -170,6 +175,11 @@ def bundle(
         tolerance=TOLERANCE if tolerance is None else tolerance,
     )
     size = sum(file["bytes"] for file in manifest["files"].values())
+    if as_json:
+        files = sorted(manifest["files"])
+        told = {"folder": str(output), "files": files, "bytes": size, "examples": manifest["examples"]}
+        typer.echo(json.dumps(told, indent=2))
+        return
     typer.echo(
         f"{output}: {len(manifest['files'])} files, {size / 2**20:.1f} MiB, {manifest['examples']} examples; README.txt there says how"
     )
@@ -327,10 +337,6 @@ def _print(report: Report) -> None:
     for note in report.notes:
         console.print(f"note: {note}", markup=False)
     console.print(f"verdict: {report.verdict}", markup=False)
-
-
-def _tell(event: ProgressEvent) -> None:
-    typer.echo(f"{event.task}: {event.detail}", err=True)
 
 
 def _filled(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,17 +30,19 @@ def olive(
 
 def olive_config(
     path: Annotated[Path, typer.Argument(metavar="FILE.json", help="Where it is written.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print where it is as JSON.")] = False,
 ) -> None:
     """Write Olive's list of passes with ours added, for `olive run --package-config FILE.json`."""
     from secateurs_adapters.olive_workflow import write_package_config
 
     write_package_config(path)
+    if as_json:
+        typer.echo(json.dumps({"package_config": str(path)}, indent=2))
+        return
     typer.echo(f"`olive run --package-config {path} --config CONFIG.json` knows the passes of Secateurs")
 
 
 def _print(path: str, metrics: dict[str, Any], as_json: bool) -> None:
-    import json
-
     if as_json:
         typer.echo(json.dumps({"model_path": path, "metrics": metrics}, indent=2))
         return

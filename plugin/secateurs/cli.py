@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import time
 import traceback
@@ -330,7 +331,7 @@ def _short(value: object) -> str:
 
 @contextmanager
 def progress_bar(manager: Manager) -> Iterator[Any]:
-    """Show a bar on the terminal while a block works, fed by the hook `secateurs_progress`; silent where there is no terminal."""
+    """Show a bar on the terminal while a block works, fed by the hook `secateurs_progress`; silent in CI and where there is no terminal."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -349,7 +350,7 @@ def progress_bar(manager: Manager) -> Iterator[Any]:
         TimeRemainingColumn(),
         console=_err,
         transient=True,
-        disable=not (_err.is_terminal and processes.is_main()),
+        disable=not (_err.is_interactive and processes.is_main()) or bool(os.environ.get("CI")),
     )
     plugin = _Bar(bar)
     manager.register(plugin, name="secateurs-progress-bar")

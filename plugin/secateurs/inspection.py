@@ -62,19 +62,16 @@ def _within(costs: Mapping[str, float], path: str) -> int:
 def render(found: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Yield what the terminal shows of `inspect`'s result."""
     tree = Tree(f"network: {found['parameters']:,} parameters, {found['macs']:,} MACs")
-    blocks = tree.add("[bold]blocks[/] (can be bypassed whole)")
+    removable = sum(block["removable"] for block in found["blocks"])
+    blocks = tree.add(f"[bold]blocks[/]: {removable} of {len(found['blocks'])} can be bypassed whole")
     for block in found["blocks"]:
-        colour, word = ("green", "removable") if block["removable"] else ("yellow", f"kept: {block['reason']}")
-        blocks.add(f"[{colour}]{escape(block['path'])}[/] {block['macs']:,} MACs [dim]{escape(word)}[/]")
-    groups = tree.add("[bold]groups[/] (units that go together)")
+        share = f"{block['macs'] / max(found['macs'], 1):.1%} of the MACs"
+        colour, why = ("green", "") if block["removable"] else ("yellow", f", kept: {escape(block['reason'])}")
+        blocks.add(f"[{colour}]{escape(block['path'])}[/] [dim]{share}{why}[/]")
+    units = sum(group["units"] for group in found["groups"])
+    groups = tree.add(f"[bold]groups[/]: {len(found['groups'])} with {units:,} units that can go one by one")
     for group in found["groups"]:
-        branch = groups.add(f"[green]{escape(group['root'])}[/] {group['units']} units")
-        kinds: dict[str, list[str]] = {}
-        for member in group["members"]:
-            kinds.setdefault(member["kind"], []).append(member["module"])
-        for kind, title in (("out", "produced by"), ("pass", "through"), ("in", "read by")):
-            if kind in kinds:
-                branch.add(f"[dim]{title}[/] {escape(', '.join(kinds[kind]))}")
+        _add_group(groups, group)
     if found["skipped"]:
         skipped = tree.add("[bold]not prunable[/]")
         for item in found["skipped"]:
@@ -82,6 +79,22 @@ def render(found: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield tree
     if found["cka"]:
         yield _cka_table([block["path"] for block in found["blocks"]], found["cka"])
+
+
+def _add_group(tree: Tree, group: Mapping[str, Any]) -> None:
+    """Add a group: on one line where its root alone produces the units, with the layers that must shrink with it where there are more."""
+    kinds: dict[str, list[str]] = {}
+    for member in group["members"]:
+        kinds.setdefault(member["kind"], []).append(member["module"])
+    title = f"[green]{escape(group['root'])}[/] {group['units']} units"
+    readers = escape(", ".join(kinds.get("in", [])))
+    others = [name for name in kinds.get("out", []) if name != group["root"]]
+    if not others:
+        tree.add(f"{title} [dim]read by[/] {readers}")
+        return
+    branch = tree.add(title)
+    branch.add(f"[dim]together with[/] {escape(', '.join(others))}")
+    branch.add(f"[dim]read by[/] {readers}")
 
 
 def _cka_table(names: list[str], matrix: list[list[float]]) -> Table:

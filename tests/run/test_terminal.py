@@ -1,0 +1,190 @@
+"""Real commands on a real terminal, in CI, and in a pipe: progress, colours, JSON, completion, and words for mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-m", "secateurs"]
+RECIPE = "examples/quickstart.yaml"
+DRY = ["run", RECIPE, "--dry-run", "--set", "passes=[{mi-nodes: {target_macs: 0.6, grid: 2}}]"]
+SHORT = ["run", RECIPE, "--dry-run", "--set", "passes=[{cka-cluster: {threshold: 0.8, max_blocks: 1, tolerance: 0.1}}]"]
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+QUIET = ("CI", "NO_COLOR", "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in QUIET}
+    return {**kept, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "50", **more}
+
+
+def on_terminal(*arguments: str, **more: str) -> tuple[int, str]:
+    """Run a command whose output and errors are a pseudo-terminal; return its exit code and all that it wrote there."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], cwd=ROOT, env=environment(**more), stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    written, deadline = b"", time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if not select.select([ours], [], [], 1)[0]:
+            continue
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # Linux's way to say that the other end is closed
+            break
+        if not part:
+            break
+        written += part
+    os.close(ours)
+    return process.wait(30), written.decode(errors="replace")
+
+
+def piped(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=240
+    )
+
+
+def test_a_terminal_shows_progress_with_the_time_left_and_colours():
+    code, shown = on_terminal(*DRY)
+    assert code == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert "mi-nodes: allocation" in plain
+    steps = re.findall(r"(\d+)/(\d+) .*?(\d+:\d\d:\d\d) +(-:--:--|\d+:\d\d:\d\d)", plain)
+    assert steps
+    assert any(left != "-:--:--" for _, _, _, left in steps)
+    assert COLOUR.search(shown)
+    assert re.search(r"remove units +stages", plain)
+    assert re.search(r"MACs: 2,189,792 -> [\d,]+ \(0\.\d+\)", plain)
+
+
+@pytest.mark.parametrize("variable", ["CI", "NO_COLOR"])
+def test_ci_is_quiet_and_no_color_is_plain(variable):
+    code, shown = on_terminal(*(SHORT if variable == "CI" else ["devices"]), **{variable: "1"})
+    assert code == 0
+    if variable == "CI":
+        assert "looking for edits" not in shown
+        assert "\x1b[?25l" not in shown  # the cursor is hidden while a bar is drawn
+        assert "drop block" in shown
+    else:
+        assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", shown)
+
+
+def test_a_pipe_gets_neither_progress_nor_colours_and_a_dry_run_writes_nothing(tmp_path):
+    before = sorted(ROOT.iterdir())
+    ended = piped(*SHORT, "--output", str(tmp_path / "out"))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    assert "\x1b" not in ended.stdout
+    assert "parameters: 186,042 ->" in ended.stdout
+    assert not (tmp_path / "out").exists()
+    assert sorted(ROOT.iterdir()) == before
+
+
+def test_every_command_takes_json():
+    from secateurs import cli
+    from secateurs.manager import create_manager
+
+    commands = cli.build_app(create_manager()).commands
+    assert {"run", "inspect", "validate", "zoo", "bundle", "passes", "report", "devices"} <= set(commands)
+    without = [
+        name
+        for name, command in commands.items()
+        if not any("--json" in parameter.opts for parameter in command.params)
+    ]
+    assert without == []
+
+
+def test_report_draws_the_page_again(quickstart, secateurs, tmp_path):
+    folder, _ = quickstart
+    page = folder / "report.html"
+    drawn = page.read_text(encoding="utf-8")
+    page.unlink()
+    ended = secateurs("report", folder, "--json")
+    report = json.loads((folder / "report.json").read_text())
+    assert ended.code == (report["verdict"] != "pass")
+    assert json.loads(ended.out) == {"page": str(page), "verdict": report["verdict"], "reasons": report["reasons"]}
+    assert page.read_text(encoding="utf-8") == drawn
+    assert "limit" in secateurs("report", folder).out
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (None, "holds no `report.json`"),
+        ("{", "is no report of this version"),
+        ('{"verdict": "maybe"}', "verdict: Input should be 'pass', 'fail' or 'undecided'"),
+    ],
+)
+def test_report_says_what_is_wrong(secateurs, tmp_path, content, part):
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    ended = secateurs("report", tmp_path)
+    assert ended.code == 2
+    assert part in ended.err
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["rnu"], "Did you mean 'run'?"),
+        (["pases"], "Did you mean 'passes'?"),
+        (["reprot", "x"], "Did you mean 'report'?"),
+        (["passes", "--jsn"], "--json"),
+        (["run", RECIPE, "--overwrit"], "--overwrite"),
+        (["run", RECIPE, "--set", "passes=[mi-node]"], "Did you mean 'mi-nodes'"),
+        (["run", RECIPE, "--set", "pases=[]"], "'passes'"),
+    ],
+)
+def test_mistakes_are_answered_with_the_nearest_name(secateurs, arguments, part):
+    ended = secateurs(*arguments)
+    assert ended.code == 2
+    assert part in ended.err
+
+
+def test_inspect_is_a_tree_that_says_what_goes_together(secateurs):
+    shown = secateurs("inspect", RECIPE)
+    lines = [re.sub(r"[│├└─]", " ", line) for line in shown.out.splitlines()]
+    tree = {line.split()[0]: line for line in lines if line.split()}
+    assert "7 of 9 can be bypassed whole" in shown.out
+    assert "12 with 384 units" in shown.out
+    assert any(re.fullmatch(r"\s+stages\.0\.0\.conv1 16 units read by stages\.0\.0\.conv2\s*", line) for line in lines)
+    assert any(line.split()[:2] == ["together", "with"] and "stages.0.2.conv2" in line for line in lines)
+    assert "nothing reads its units" in tree["head"]
+    shares = [float(found) for found in re.findall(r"([\d.]+)% of the MACs", shown.out)]
+    blocks = json.loads(secateurs("inspect", RECIPE, "--json").out)
+    assert shares == pytest.approx([100 * one["macs"] / blocks["macs"] for one in blocks["blocks"]], abs=0.051)
+
+
+@pytest.mark.parametrize(
+    ("shell", "marker"),
+    [("bash", "complete -o default -F"), ("zsh", "#compdef secateurs"), ("fish", "complete --command secateurs")],
+)
+def test_completion_is_there_for_each_shell(shell, marker):
+    variables = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1", "_SECATEURS_COMPLETE": f"source_{shell}"}
+    program = "import sys; sys.argv[0] = 'secateurs'; from secateurs.cli import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment(**variables), capture_output=True, text=True, timeout=60
+    )
+    assert marker in ended.stdout
+
+
+def test_completion_names_the_commands_that_begin_so():
+    variables = {"_SECATEURS_COMPLETE": "complete_bash", "COMP_WORDS": "secateurs r", "COMP_CWORD": "1"}
+    program = "import sys; sys.argv[0] = 'secateurs'; from secateurs.cli import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment(**variables), capture_output=True, text=True, timeout=60
+    )
+    assert ended.stdout.split() == ["run", "report"]
