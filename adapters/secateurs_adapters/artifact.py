@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -200,8 +200,7 @@ def _external_files(path: Path, tensors: list[Any]) -> list[Path]:
             continue
         entry = {item.key: item.value for item in tensor.external_data}
         location = entry.get("location", "")
-        target = (folder / location).resolve()
-        if not location or Path(location).is_absolute() or not target.is_relative_to(folder):
+        if not _is_below(location, folder):
             raise DataError(
                 f"{str(path)!r} keeps tensor {tensor.name!r} in {location!r}, outside its own folder. External data "
                 "must lie beside the file or below it; save the model again with its data there."
@@ -225,6 +224,13 @@ def _external_files(path: Path, tensors: list[Any]) -> list[Path]:
                 "again."
             )
     return list(ends)
+
+
+def _is_below(location: str, folder: Path) -> bool:
+    """Tell whether a relative path leads below a folder, on any system, and through no link or `..` out of it."""
+    if not location or "\0" in location or PureWindowsPath(location).anchor or Path(location).is_absolute():
+        return False
+    return ".." not in PureWindowsPath(location).parts and (folder / location).resolve().is_relative_to(folder)
 
 
 def _sha256(file: Path) -> str:

@@ -12,7 +12,7 @@ import importlib.resources
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,18 @@ MANIFEST = "manifest.json"
 TOLERANCE = 1e-3
 """Largest difference on the device, as a share of an output's largest value; processors round and sum in their own ways."""
 SEEDED_EXAMPLES = 64
+_CODE = (".py", ".pyc", ".pyd", ".pyw", ".so")
+_OWN = (
+    MANIFEST,
+    "base.onnx",
+    "first.npz",
+    "inputs.npz",
+    "labels.npy",
+    "reference_baseline.npz",
+    "reference_candidate.npz",
+    "README.txt",
+    "result.json",
+)
 _README = """Measure the two models of this folder on this device:
 
     pip install "onnxruntime>=1.22" numpy
@@ -78,6 +90,8 @@ def write_bundle(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{str(folder)!r} is there already and has content; give a new folder.")
+    files = list(dict.fromkeys((*baseline.files, *candidate.files)))
+    _refuse_names(file.relative_to(baseline.path.parent) for file in files)
     before, after = Session(baseline.path), Session(candidate.path)
     size = before.fixed_batch() or batch_size
     feeds = _seeded_feeds(before, size, length) if data is None else _data_feeds(before, data, size)
@@ -85,7 +99,7 @@ def write_bundle(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
         made = Path(name) / "kit"
         made.mkdir()
-        for file in dict.fromkeys((*baseline.files, *candidate.files)):
+        for file in files:
             target = made / file.relative_to(baseline.path.parent)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
@@ -110,6 +124,20 @@ def write_bundle(
             folder.rmdir()
         made.replace(folder)
     return manifest
+
+
+def _refuse_names(names: Iterable[Path]) -> None:
+    """Refuse files that the device's Python would import beside `measure.py`, or that would be overwritten by the folder's own.
+
+    Raises:
+        DataError: there is one.
+    """
+    for name in names:
+        if name.suffix.lower() in _CODE or name.as_posix() in _OWN:
+            raise DataError(
+                f"a file of the network is called {name.as_posix()!r}, which a bundle cannot hold: it is a name of code, or of a file of the "
+                "bundle itself. Save the network again with its data in a `.data` file."
+            )
 
 
 def _write_rest(folder: Path, manifest: dict[str, Any]) -> None:

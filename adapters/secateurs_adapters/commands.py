@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -379,18 +378,12 @@ def _mapping(path: Path, kind: str, error: type[UserError]) -> dict[str, Any]:
 
 
 def _read_npz(path: Path) -> Dataset:
-    import numpy as np
-
     from secateurs.data import Dataset
+    from secateurs_adapters.data_settings import MAX_BYTES
+    from secateurs_adapters.npz import read_arrays
 
     if not path.is_file():
         raise DataError(f"the data file {str(path)!r} is missing; give an .npz that exists.")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{str(path)!r} is not a readable .npz ({type(error).__name__}); write it with numpy.savez."
-        ) from None
+    arrays = read_arrays(path, None, MAX_BYTES)
     labels = arrays.pop("labels", None)
     return Dataset(arrays, labels, f"npz:{path}")

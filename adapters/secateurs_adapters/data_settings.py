@@ -102,3 +102,4 @@ class TsvSettings(_Settings):
     )
     classes: tuple[str, ...] = Field(default=(), description="words of the labels in order; empty: labels are integers")
     max_length: int = Field(default=128, gt=0, description="tokens per text: longer texts are cut, shorter ones padded")
+    max_bytes: int = Field(default=MAX_BYTES, gt=0, description="refuse a table that is larger than this")

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from secateurs.data import Dataset
 from secateurs.errors import DataError, unknown_name
+from secateurs.files import read_file
 from secateurs_adapters.data_settings import (
     DIGITS_NORMALISE,
     DigitsSettings,
@@ -26,7 +27,7 @@ from secateurs_adapters.data_settings import (
     NpzSettings,
     TsvSettings,
 )
-from secateurs_adapters.npz import UNREADABLE, read_arrays, refuse_size
+from secateurs_adapters.npz import read_arrays, refuse_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,6 +49,8 @@ __all__ = [
 Array = npt.NDArray[Any]
 
 DIGITS_EVALUATION = 450
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What a file may be, whatever its name says: pillow hands other formats, such as EPS, to other programs."""
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -218,12 +221,12 @@ def _decode(path: Path, settings: ImageFolderSettings) -> Array:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
-            with pillow.open(path) as image:
+            with pillow.open(path, formats=IMAGE_FORMATS) as image:
                 if image.mode in ("I", "F") or ";" in image.mode:
                     raise ValueError(f"its mode is {image.mode}, not 8 bits per channel")
                 plain = image.convert("L" if settings.channels == 1 else "RGB")
                 pixels = np.asarray(plain.resize((width, height), pillow.Resampling.BILINEAR), np.float32)
-    except (*UNREADABLE, SyntaxError, pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
+    except Exception as error:  # pillow raises nearly anything on a damaged file
         raise DataError(
             f"the image {str(path)!r} cannot be read ({type(error).__name__}: {error}); mend or remove it."
         ) from error
@@ -232,9 +235,10 @@ def _decode(path: Path, settings: ImageFolderSettings) -> Array:
 
 def _read_table(path: Path, settings: TsvSettings) -> tuple[list[str], list[int]]:
     """Return the texts and, where labels are asked for, the labels."""
+    content = read_file(path, "table", DataError, limit=settings.max_bytes)
     try:
-        lines = [line.split("\t") for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.split("\t") for line in content.decode("utf-8-sig").split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
         raise DataError(f"{str(path)!r} cannot be read as UTF-8 text ({error}); save it as UTF-8.") from error
     wanted = [column for column in (settings.text, settings.label) if column is not None]
     named = any(isinstance(column, str) for column in wanted) if settings.header is None else settings.header
@@ -272,8 +276,8 @@ def _class(word: str, classes: Sequence[str], where: str) -> int:
             raise DataError(f"{where}: {unknown_name('label', word, classes)}")
         return classes.index(word)
     try:
-        return int(word)
-    except ValueError:
+        return int(np.int64(int(word)))
+    except (ValueError, OverflowError):
         raise DataError(
             f"{where}: the label {word!r} is not an integer; list the words in order in `classes`, or set "
             f"`header: true` if this line names the columns."
@@ -283,7 +287,7 @@ def _class(word: str, classes: Sequence[str], where: str) -> int:
 def _tokenizer(name: str) -> Any:
     transformers = _require("transformers", "tsv", "hf")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly anything here
         raise DataError(
             f"the tokenizer {name!r} cannot be loaded ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}). "

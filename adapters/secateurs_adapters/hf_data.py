@@ -161,7 +161,9 @@ def _shifted(labels: Array, padding: int, settings: HfDataSettings) -> Array:
     transformers = _require("transformers")
     try:
         with quiet():
-            start = transformers.AutoConfig.from_pretrained(settings.processor).decoder_start_token_id
+            start = transformers.AutoConfig.from_pretrained(
+                settings.processor, trust_remote_code=False
+            ).decoder_start_token_id
     except Exception as error:
         raise DataError(
             f"`target` needs the network's configuration, and there is none at {settings.processor!r} ({_said(error)}); give "

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from secateurs.errors import DataError
+from secateurs.files import parse_form, read_file
 from secateurs.interfaces import Measurement, ratio
 from secateurs.intervals import binomial_interval, paired_difference_interval
 from secateurs.proof import prove
@@ -336,7 +337,9 @@ def _manifest(path: Path, baseline: Path | None, result: Result) -> tuple[Path, 
         if hashlib.sha256(_content(folder / MANIFEST)).hexdigest() == result.manifest_sha256:
             manifest: _Manifest = _read(folder / MANIFEST, _Manifest)
             outside = [
-                name for name in manifest.models.values() if Path(name).is_absolute() or ".." in Path(name).parts
+                name
+                for name in manifest.models.values()
+                if PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts
             ]
             if outside:
                 raise DataError(
@@ -358,23 +361,11 @@ def _same_file(side: str, artifact: Artifact, manifest: _Manifest) -> None:
 
 
 def _content(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > LARGEST:
-            raise DataError(f"{str(path)!r} has {path.stat().st_size} bytes; at most {LARGEST} are read.")
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{str(path)!r} cannot be read ({type(error).__name__}); give the result.json of a bundle."
-        ) from None
+    return read_file(path, "result of a bundle", DataError, limit=LARGEST)
 
 
 def _read(path: Path, form: type[BaseModel]) -> Any:
-    content = _content(path)
     try:
-        return form.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part)[:60] for part in first["loc"][:6]) or "the file"
-        raise DataError(
-            f"{str(path)!r} is not what `measure.py` writes: {where}: {first['msg'][:200]}; measure again, and do not edit it."
-        ) from None
+        return parse_form(_content(path), form, repr(str(path)), DataError)
+    except DataError as error:
+        raise DataError(f"{error} Give what `measure.py` wrote, as it is.") from None

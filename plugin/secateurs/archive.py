@@ -13,6 +13,7 @@ from torch import nn
 
 from secateurs import checkpoint, processes
 from secateurs.errors import SecateursError
+from secateurs.files import parse_form, read_file
 from secateurs.pipeline import Outcome
 from secateurs.plan import Plan
 from secateurs.report import PassRecord, Trial, write_text
@@ -65,7 +66,7 @@ class Archive:
         self._leading: tuple[int, Outcome] | None = None
         # What the main process finds at the start holds for all: a slower one must not find what was added since.
         found = processes.from_main(self._read, write=json.dumps, read=json.loads)
-        self._found = [_Finished.model_validate_json(text) for text in found]
+        self._found = [parse_form(text, _Finished, f"trial {number}") for number, text in enumerate(found, 1)]
 
     def replayed(self, blocks: int, target: float | None) -> Answer | None:
         """Return the answer of the next trial if it was finished before, and take it over; None if it has to be made.
@@ -116,8 +117,7 @@ class Archive:
     def publish(self, folder: Path) -> None:
         """Write the plans of all trials into `folder`, as `trial-01.json` and so on."""
         for trial in self.trials:
-            text = (self._path(trial.number) / checkpoint.PLAN).read_text(encoding="utf-8")
-            write_text(folder / plan_name(trial), text)
+            write_text(folder / plan_name(trial), Plan.load(self._path(trial.number) / checkpoint.PLAN).to_json())
 
     def _path(self, number: int) -> Path:
         assert self._folder is not None
@@ -127,5 +127,5 @@ class Archive:
         """Return the records of the trials that are finished, in order."""
         texts: list[str] = []
         while self._folder is not None and (file := self._path(len(texts) + 1) / "trial.json").exists():
-            texts.append(file.read_text(encoding="utf-8"))
+            texts.append(read_file(file, "record of a trial").decode("utf-8", errors="replace"))
         return texts

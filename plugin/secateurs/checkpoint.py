@@ -74,10 +74,10 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     Raises:
         ModelError: the file is missing, is not safetensors, or does not fit.
     """
+    if not path.is_file():
+        raise ModelError(f"the weights {str(path)!r} do not exist.")
     try:
         safetensors.torch.load_model(model, str(path), strict=True)
-    except FileNotFoundError:
-        raise ModelError(f"the weights {str(path)!r} do not exist.") from None
     except safetensors.SafetensorError as error:
         raise ModelError(
             f"{str(path)!r} is not a safetensors file: {error}. Pickled checkpoints are never read."

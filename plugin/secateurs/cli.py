@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from secateurs import hookimpl, processes
 from secateurs.errors import PluginError, SecateursError, UserError
+from secateurs.faults import told
 from secateurs.manager import Manager, PluginWarning, create_manager
 from secateurs.tables import TRIAL_HEADINGS, VARIANT_HEADINGS, figure_rows, trial_rows, variant_rows
+from secateurs.terminal import escape
 
 if TYPE_CHECKING:
     from secateurs.interfaces import ProgressEvent
@@ -77,7 +78,7 @@ def _fail(error: BaseException, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     unforeseen = f"the run failed: {type(error).__name__}: {error}. `--debug` shows where."
-    text = str(error) if isinstance(error, SecateursError) else unforeseen
+    text = str(error) if isinstance(error, SecateursError) else told(error) or unforeseen
     where = "" if processes.is_main() else f"process {processes.rank()}: "
     _err.print(f"[bold red]error:[/] {escape(where + text)}", soft_wrap=True)
     return code

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
@@ -16,6 +15,7 @@ from secateurs.passes.depth import cka_matrix
 from secateurs.passes.survey import checked_groups
 from secateurs.pipeline import Session
 from secateurs.settings import NodeSettings
+from secateurs.terminal import escape
 
 __all__ = ["inspect", "render"]
 

@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from secateurs.errors import PlanError
+from secateurs.files import plain_json, read_file
 from secateurs.report import write_text
 
 __all__ = ["AddBias", "DropBlock", "Edit", "Plan", "RemoveUnits", "SetAttribute", "Slice", "SplitAttention"]
 
-MAX_PLAN_BYTES = 256 * 1024 * 1024
+MAX_PLAN_BYTES = 64 * 1024 * 1024
 
 
 class _Edit(BaseModel):
@@ -54,7 +55,7 @@ class DropBlock(_Edit):
 
     edit: Literal["drop_block"] = "drop_block"
     path: str
-    elements: int | None = Field(None, ge=1)
+    elements: int | None = Field(None, ge=1, le=1000)
     also: tuple[str, ...] = ()
 
     @property
@@ -166,6 +167,7 @@ class Plan(BaseModel):
         """
         if len(text) > MAX_PLAN_BYTES:
             raise PlanError(f"the plan has {len(text)} bytes; at most {MAX_PLAN_BYTES} are read.")
+        plain_json(text, "not a plan of schema version 1: it", PlanError)
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
@@ -182,10 +184,4 @@ class Plan(BaseModel):
     @classmethod
     def load(cls, path: Path) -> Plan:
         """Read a plan from `path`."""
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise PlanError(f"cannot read the plan {str(path)!r}: {error.strerror}.") from None
-        if size > MAX_PLAN_BYTES:
-            raise PlanError(f"the plan {str(path)!r} has {size} bytes; at most {MAX_PLAN_BYTES} are read.")
-        return cls.from_json(path.read_bytes())
+        return cls.from_json(read_file(path, "plan", PlanError, limit=MAX_PLAN_BYTES))

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from secateurs.files import read_form
+
 __all__ = [
     "Accuracy",
     "ArenaSettings",
@@ -429,6 +431,15 @@ class Report(_Form):
     def to_json(self) -> str:
         """Return the report as indented JSON text."""
         return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Read a report that anybody may have written.
+
+        Raises:
+            UserError: it cannot be read, is too large, or is no report.
+        """
+        return read_form(path, cls, "report")
 
 
 def report_schema() -> dict[str, Any]:

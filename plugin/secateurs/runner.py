@@ -7,7 +7,6 @@ that an interrupted run resumes after its last finished pass or trial; the files
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from secateurs import checkpoint, cost, processes
@@ -23,6 +23,7 @@ from secateurs.card import model_card
 from secateurs.data import Dataset, resolve_roles
 from secateurs.devices import fill_in
 from secateurs.errors import DataError, ModelError, RecipeError, UserError, unknown_name
+from secateurs.files import read_form, refuse_links
 from secateurs.forward import call, inference, output_tensors, trimming
 from secateurs.interfaces import Converter, Exporter, Metric, ProgressEvent, Target, width_multiple
 from secateurs.judging import Validation
@@ -317,6 +318,7 @@ def _open_folder(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
     """Make the output folder ready; return the report if the same recipe has been finished in it and is resumed."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"the output {str(output)!r} is not a plain folder; choose another with `--output`.")
+    refuse_links(output)
     content = sorted(path.name for path in output.iterdir()) if output.exists() else []
     state = output / STATE / "state.json"
     if content and not (resume or overwrite):
@@ -332,7 +334,7 @@ def _open_folder(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
                 f"Give `--overwrite` or another `--output`."
             )
         if not state.exists():
-            return Report.model_validate_json((output / "report.json").read_bytes())
+            return Report.load(output / "report.json")
     if overwrite:
         for name in OUTPUTS:
             (output / name).unlink(missing_ok=True)
@@ -353,12 +355,22 @@ def _open_folder(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
     return None
 
 
+class _State(BaseModel):
+    """How far the passes are, and of which recipe."""
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="null")
+
+    digest: str
+    finished: int = Field(ge=0)
+    records: list[PassRecord]
+    shortfalls: list[str]
+
+
 def _digest_of(state: Path) -> str | None:
     try:
-        digest = json.loads(state.read_text(encoding="utf-8")).get("digest")
-    except (OSError, ValueError, AttributeError):
+        return read_form(state, _State, "state of a run").digest
+    except UserError:
         return None
-    return digest if isinstance(digest, str) else None
 
 
 def _digest_of_finished(output: Path) -> str | None:
@@ -379,24 +391,24 @@ def _write_state(output: Path, recipe: Recipe, outcome: Outcome) -> None:
     """Write whose state the folder holds, and how far the passes are."""
     if not processes.is_main():
         return
-    body: dict[str, Any] = {
-        "digest": recipe.digest(),
-        "finished": len(outcome.records),
-        "records": [record.model_dump(mode="json") for record in outcome.records],
-        "shortfalls": list(outcome.shortfalls),
-    }
-    write_text(output / STATE / "state.json", json.dumps(body))
+    body = _State(
+        digest=recipe.digest(),
+        finished=len(outcome.records),
+        records=list(outcome.records),
+        shortfalls=list(outcome.shortfalls),
+    )
+    write_text(output / STATE / "state.json", body.model_dump_json())
 
 
 def _load_state(output: Path, recipe: Recipe, session: Session) -> Outcome:
     state = output / STATE / "state.json"
     if not state.exists() or _digest_of(state) != recipe.digest():
         return Outcome(session.baseline)
-    body = json.loads(state.read_text(encoding="utf-8"))
-    folder = output / STATE / f"pass{int(body['finished'])}"
+    body = read_form(state, _State, "state of a run")
+    folder = output / STATE / f"pass{body.finished}"
     return Outcome(
         checkpoint.load(folder, build=session.baseline),
         Plan.load(folder / "plan.json"),
-        tuple(PassRecord.model_validate(record) for record in body["records"]),
-        tuple(body["shortfalls"]),
+        tuple(body.records),
+        tuple(body.shortfalls),
     )

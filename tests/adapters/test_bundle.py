@@ -208,7 +208,7 @@ def test_a_malformed_result_is_refused(kit, tmp_path, run, damage, said):
 
 
 def test_a_result_that_is_not_there_or_too_large_is_refused(tmp_path, run):
-    assert "cannot be read" in str(run("validate", "--measured", tmp_path / "none.json").exception)
+    assert "cannot read" in str(run("validate", "--measured", tmp_path / "none.json").exception)
     assert run("validate", "--measured", tmp_path).exception.exit_code == 2
     with (tmp_path / "big.json").open("wb") as stream:
         stream.truncate(2**27)

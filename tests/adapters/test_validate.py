@@ -157,7 +157,7 @@ def test_the_command_prints_a_table(files, tmp_path, run):
     [
         ("--budget", "latency_rato: 1", BudgetError, "Did you mean 'latency_ratio'"),
         ("--budget", "- 1", BudgetError, "needs `key: value` lines"),
-        ("--budget", None, BudgetError, "cannot be read"),
+        ("--budget", None, BudgetError, "cannot read"),
         ("--data", "source: surely-unknown", RecipeError, "unknown data source 'surely-unknown'"),
         ("--data", "file: a.npz", RecipeError, "has no `source`"),
     ],
@@ -181,4 +181,4 @@ def test_other_wrong_arguments(files, tmp_path, run):
     assert "missing" in str(run(before, before, "--data", tmp_path / "none.npz").exception)
     broken = tmp_path / "broken.npz"
     broken.write_bytes(b"PK no archive")
-    assert "not a readable .npz" in str(run(before, before, "--data", broken).exception)
+    assert "not an .npz file" in str(run(before, before, "--data", broken).exception)

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from secateurs.errors import RecipeError, UserError
+from secateurs.files import refuse_links
 from secateurs.report import write_text
 from secateurs_adapters.zoo.keys import environment_digest, result_key
 from secateurs_adapters.zoo.leaderboard import Row, leaderboard_csv, leaderboard_json, rows
@@ -108,6 +109,7 @@ class Batch:
     def _check_folder(self, *, resume: bool) -> None:
         if self.output.is_symlink() or (self.output.exists() and not self.output.is_dir()):
             raise UserError(f"the output {str(self.output)!r} is not a plain folder; choose another with `--output`.")
+        refuse_links(self.output)
         content = sorted(path.name for path in self.output.iterdir()) if self.output.exists() else []
         if not content:
             return

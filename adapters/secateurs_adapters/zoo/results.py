@@ -9,11 +9,13 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from secateurs.errors import UserError
+from secateurs.files import read_form
 from secateurs.report import BudgetRow, Ratios, Side, write_text
 
 if TYPE_CHECKING:
@@ -25,6 +27,18 @@ Status = Literal["pass", "fail", "undecided", "error", "crashed", "timeout", "ou
 FAILED: tuple[Status, ...] = ("error", "crashed", "timeout", "out-of-memory")
 """The statuses of models that have no verdict."""
 STATE = ".secateurs"
+
+
+def _below(text: str) -> str:
+    """Refuse a path that leads out of the zoo's folder, or that a browser takes for something else than a file."""
+    path = PureWindowsPath(text)
+    if path.anchor or ".." in path.parts or ":" in text:
+        raise ValueError("the path leads out of the folder")
+    return text
+
+
+Below = Annotated[str, AfterValidator(_below)]
+"""A path relative to the zoo's folder, and below it."""
 
 
 class _Form(BaseModel):
@@ -82,8 +96,8 @@ class Result(_Form):
     timeout: float
     memory_mib: int | None = None
     recipe: str
-    folder: str
-    log: str
+    folder: Below
+    log: Below
     figures: Figures | None = None
 
 
@@ -163,8 +177,8 @@ class Job(_Form):
 
     def result(self) -> Result | None:
         """Return the result that is on the disk; None where there is none that can be read."""
-        with contextlib.suppress(OSError, ValidationError):
-            found = Result.model_validate_json(self.result_path.read_bytes())
+        with contextlib.suppress(UserError):
+            found = read_form(self.result_path, Result, "result of a model")
             return found if found.key == self.key else None
         return None
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
+from secateurs.terminal import escape
 from secateurs_adapters.zoo.leaderboard import Row, counts, rows
 from secateurs_adapters.zoo.results import Job, Result
 
