@@ -40,6 +40,8 @@ __all__ = ["build_app", "main", "progress_bar", "report_table"]
 
 _out = Console(quiet=not processes.is_main())
 _err = Console(stderr=True)
+_CLOSE: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+"""Style of tables that have to fit 80 columns."""
 _GRACE = 5.0
 """Seconds that other processes wait before they report an error: most find what the main one finds, and the launcher ends them when it does."""
 
@@ -197,7 +199,10 @@ def _print_report(report: Report, output: Path) -> None:
         _out.print(_trial_table(report.trials))
     _out.print(report_table(report))
     if report.variants:
-        table = Table(*VARIANT_HEADINGS, title="pruning and quantisation, each file beside the dense one")
+        table = Table(title="pruning and quantisation, each file beside the dense one", **_CLOSE)
+        table.add_column(VARIANT_HEADINGS[0], min_width=10)
+        for heading in VARIANT_HEADINGS[1:]:
+            table.add_column(heading, justify="right", max_width=10)
         for one in variant_rows(report.variants):
             table.add_row(*one)
         _out.print(table)
@@ -230,7 +235,7 @@ def _print_report(report: Report, output: Path) -> None:
 
 def _trial_table(trials: Sequence[Trial]) -> Table:
     """Return the table of the networks that a search tried."""
-    table = Table(title="trials of the search, on validation data", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title="trials of the search, on validation data", **_CLOSE)
     for heading in TRIAL_HEADINGS:
         table.add_column(heading, justify="right")
     for trial, row in zip(trials, trial_rows(trials), strict=True):
@@ -239,16 +244,21 @@ def _trial_table(trials: Sequence[Trial]) -> Table:
 
 
 def report_table(report: Report) -> Table:
-    """Return the table baseline | candidate | ratio | budget | verdict of a report."""
-    table = Table(title="baseline and candidate, on the exported files")
-    table.add_column("figure")
+    """Return the table baseline | candidate | ratio | budget | verdict of a report, a section per target."""
+    table = Table(title="baseline and candidate, on the exported files", **_CLOSE)
+    table.add_column("figure", min_width=20)
     for heading in ("baseline", "candidate", "ratio", "budget"):
         table.add_column(heading, justify="right")
     table.add_column("verdict")
     colours = {"pass": "green", "fail": "red", "undecided": "yellow"}
+    where = ""
     for row in figure_rows(report):
+        if row.where != where:
+            where = row.where
+            table.add_section()
+            table.add_row(f"[bold]{escape(where)}[/]")
         verdict = f"[{colours[row.status]}]{row.status}[/]" if row.status else ""
-        table.add_row(escape(row.name), row.baseline, row.candidate, row.ratio, row.budget, verdict)
+        table.add_row(escape(row.what), row.baseline, row.candidate, row.ratio, row.budget, verdict)
     return table
 
 
