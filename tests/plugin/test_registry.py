@@ -1,10 +1,13 @@
 """Registries: collisions show both parties, unknown names the nearest one, and references are imported late."""
 
 import collections
+import inspect
 import sys
+from pathlib import Path
 
 import pytest
 
+from secateurs import hookspecs
 from secateurs.errors import PluginError, RecipeError
 from secateurs.registry import Registrar, Registry
 
@@ -89,3 +92,12 @@ def test_a_registrar_speaks_for_one_plugin():
     Registrar(registry, "mine")("accuracy", "collections:Counter", summary="share of hits", settings="builtins:dict")
     entry = registry["accuracy"]
     assert (entry.plugin, entry.summary, entry.load_settings()) == ("mine", "share of hits", dict)
+
+
+def test_the_hooks_are_documented_as_they_are():
+    page = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
+    told = [line for line in page.splitlines() if line.startswith("* `secateurs_")]
+    real = {name: hook for name, hook in vars(hookspecs).items() if name.startswith("secateurs_")}
+    assert told == [f"* `{name}{inspect.signature(hook)}`".replace("'", "") for name, hook in real.items()]
+    for hook in real.values():
+        assert inspect.getdoc(hook).splitlines()[0] in page

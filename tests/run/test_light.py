@@ -43,8 +43,8 @@ def test_passes_lists_every_option_with_its_default(secateurs):
         assert all(setting["description"] for setting in item["settings"].values()), item["name"]
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def _blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
 def test_the_readme_has_exactly_one_run_command_and_one_test_command():
@@ -53,8 +53,17 @@ def test_the_readme_has_exactly_one_run_command_and_one_test_command():
     assert text.count("<!-- test-command -->") == 1
 
 
-@pytest.mark.parametrize("block", _blocks("python"), ids=lambda block: block.strip().splitlines()[0])
-def test_the_python_of_the_readme_runs(block, tmp_path):
+@pytest.mark.parametrize("block", _blocks("python", "CONTRIBUTING.md"))
+def test_what_contributors_are_told_is_short(block):
+    assert len(block.splitlines()) < 30
+
+
+@pytest.mark.parametrize(
+    "block",
+    [*_blocks("python"), *_blocks("python", "CONTRIBUTING.md")],
+    ids=lambda block: block.strip().splitlines()[0],
+)
+def test_the_python_of_the_pages_runs(block, tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
