@@ -268,6 +268,7 @@ def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bo
         write_text(output / "README.md", model_card(report, recipe))
         write_text(output / "report.json", report.to_json())
         prepared.manager.hook.secateurs_after_run(report=report, folder=output)
+        (output / STATE / "state.json").unlink(missing_ok=True)  # first: it must never name what is gone
         shutil.rmtree(output / STATE, ignore_errors=True)
     return report
 
@@ -326,7 +327,10 @@ def _open_folder(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
         raise UserError(
             f"the output folder {str(output)!r} is not empty ({listed}); give `--resume`, `--overwrite` or another `--output`."
         )
-    if resume and content:
+    begun = state.exists() or any(
+        name != STATE for name in content
+    )  # else it was killed before it had said whose folder this is
+    if resume and begun:
         known = _digest_of(state) if state.exists() else _digest_of_finished(output)
         if known != recipe.digest():
             raise UserError(
@@ -334,7 +338,9 @@ def _open_folder(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
                 f"Give `--overwrite` or another `--output`."
             )
         if not state.exists():
-            return Report.load(output / "report.json")
+            found = Report.load(output / "report.json")
+            shutil.rmtree(output / STATE, ignore_errors=True)
+            return found
     if overwrite:
         for name in OUTPUTS:
             (output / name).unlink(missing_ok=True)
@@ -346,6 +352,11 @@ def _open_folder(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
         for mark in output.glob(f"*/{checkpoint.MARK}"):
             shutil.rmtree(mark.parent)
         shutil.rmtree(output / STATE, ignore_errors=True)
+    for left in output.glob(".*.partial"):  # of a process that was killed while it wrote
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
     try:
         (output / STATE).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -18,10 +18,11 @@ import safetensors.torch
 import torch
 
 from secateurs import cli, report
-from secateurs.errors import SecateursError
+from secateurs.errors import SecateursError, UserError
 from secateurs.faults import told
 from secateurs.plan import Plan
-from secateurs.runner import OUTPUTS
+from secateurs.recipe import load_recipe
+from secateurs.runner import OUTPUTS, STATE, _open_folder
 from secateurs_adapters.fresh import in_fresh_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,6 +165,18 @@ def test_values_that_are_not_finite_are_refused_before_anything_is_written(secat
     assert not out.exists()
 
 
+def test_a_run_that_was_killed_at_its_very_start_is_resumed(tmp_path):
+    """The folder is there, and nothing in it says yet whose it is."""
+    recipe = load_recipe(ROOT / RECIPE)
+    (tmp_path / STATE).mkdir()
+    (tmp_path / STATE / ".state.json.abc.partial").touch()
+    (tmp_path / ".model.onnx.abc.partial").mkdir()
+    with pytest.raises(UserError, match="another recipe"):
+        _open_folder(tmp_path, recipe, resume=True, overwrite=False)
+    (tmp_path / ".model.onnx.abc.partial").rmdir()
+    assert _open_folder(tmp_path, recipe, resume=True, overwrite=False) is None
+
+
 def _kill_and_resume(folder: Path, kills: int, seed: int) -> None:
     """Kill a run at random times, resume until it ends, and compare plan and weights with those of a run that nobody killed."""
     began = time.monotonic()
@@ -184,7 +197,7 @@ def _kill_and_resume(folder: Path, kills: int, seed: int) -> None:
         first, second = (safetensors.torch.load_file(one / "model.safetensors") for one in (out, folder / "whole"))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
-        assert {path.name for path in out.iterdir()} >= set(OUTPUTS)
+        assert {path.name for path in out.iterdir()} == {path.name for path in (folder / "whole").iterdir()}
         assert not [path for path in out.rglob("*") if path.name.endswith(".partial") or path.name == ".secateurs"]
         print(f"kill {number}: same plan and weights")
 
