@@ -279,7 +279,7 @@ def resnet20():
 def test_resnet20_keeps_its_count_in_8_bits(tmp_path, resnet20, exporter):
     model, train, test = resnet20
     artifact = exporter(model, train.take(range(4)), tmp_path / "m.onnx", opset=18)
-    weights = sum(tensor.numel() * 4 for tensor in model.parameters())
+    weights = sum(tensor.numel() * 4 for tensor in model.parameters() if tensor.ndim > 1)
     assert weights <= artifact.weight_bytes <= 1.02 * weights, "batch norms are folded or kept, nothing is copied"
     right = round(accuracy(artifact.path, test) * len(test))
     assert right == 915
