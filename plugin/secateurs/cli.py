@@ -246,10 +246,10 @@ def _trial_table(trials: Sequence[Trial]) -> Table:
 def report_table(report: Report) -> Table:
     """Return the table baseline | candidate | ratio | budget | verdict of a report, a section per target."""
     table = Table(title="baseline and candidate, on the exported files", **_CLOSE)
-    table.add_column("figure", min_width=20)
+    table.add_column("figure", min_width=16)
     for heading in ("baseline", "candidate", "ratio", "budget"):
         table.add_column(heading, justify="right")
-    table.add_column("verdict")
+    table.add_column("verdict", min_width=9)
     colours = {"pass": "green", "fail": "red", "undecided": "yellow"}
     where = ""
     for row in figure_rows(report):
