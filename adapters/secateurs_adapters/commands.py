@@ -242,7 +242,7 @@ def _finish(report: Report, junit: Path | None, as_json: bool) -> None:
 
 
 def devices(
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, with the source of each figure.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, with what each is and the source of each figure.")] = False,
 ) -> None:
     """List the devices that `budget.device` may name, with what their profiles limit. None says how fast a device is."""
     from secateurs.devices import MEMORY_SHARE
@@ -253,18 +253,22 @@ def devices(
         rows = [{"name": entry.name, "plugin": entry.plugin, **device.model_dump()} for entry, device in known]
         typer.echo(json.dumps(rows, indent=2))
         return
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        "device", "what it is", "RAM, MiB", f"limit at {MEMORY_SHARE:.0%}", "cores", "threads", "provider", "files, MiB"
-    )
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("device", no_wrap=True)
+    for heading in ("RAM, MiB", f"limit at {MEMORY_SHARE:.0%}", "files, MiB", "threads of cores"):
+        table.add_column(heading, justify="right", max_width=8)
+    table.add_column("provider", no_wrap=True)
     for entry, device in known:
         limit = None if device.ram_mib is None else device.ram_mib * MEMORY_SHARE
-        figures = (device.ram_mib, limit, device.cores, device.threads, device.provider, device.artifact_mib)
-        shown = ("" if value is None else f"{value:g}" if isinstance(value, float) else str(value) for value in figures)
-        table.add_row(entry.name, device.title, *shown)
+        figures = ("" if value is None else f"{value:g}" for value in (device.ram_mib, limit, device.artifact_mib))
+        threads, provider = f"{device.threads} of {device.cores}", device.provider.removesuffix("ExecutionProvider")
+        table.add_row(entry.name, *figures, threads, provider)
     Console().print(table)
+    typer.echo("`--json` adds what each is, and the source of each figure.")
 
 
 def load_budget(path: Path | None) -> Budget:

@@ -7,6 +7,7 @@ arguments are wrong; 3 the run failed.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import os
 import sys
@@ -103,11 +104,27 @@ def build_app(manager: Manager) -> Any:
         pretty_exceptions_enable=False,
         epilog="`--debug` anywhere shows the traceback of an error.",
     )
+    app.callback(help=app.info.help)(_root)
     for name, function in (("run", _run), ("inspect", _inspect), ("passes", _passes)):
         app.command(name)(_interruptible(function))
     for entry in manager.registries.commands:
-        app.command(entry.name, help=entry.summary or None)(_interruptible(entry.load()))
+        about = entry.summary[:1].upper() + entry.summary[1:] + "." if entry.summary else None
+        app.command(entry.name, help=about)(_interruptible(entry.load()))
     return typer.main.get_command(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"secateurs {importlib.metadata.version('secateurs')}\n")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Take what stands before a command."""
 
 
 def _interruptible(function: Callable[..., Any]) -> Callable[..., Any]:

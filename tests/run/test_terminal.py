@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import pty
@@ -188,3 +189,8 @@ def test_completion_names_the_commands_that_begin_so():
         [sys.executable, "-c", program], env=environment(**variables), capture_output=True, text=True, timeout=60
     )
     assert ended.stdout.split() == ["run", "report"]
+
+
+def test_the_version_is_that_of_the_package(secateurs):
+    done = secateurs("--version")
+    assert (done.code, done.out) == (0, f"secateurs {importlib.metadata.version('secateurs')}\n")
