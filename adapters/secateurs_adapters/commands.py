@@ -242,7 +242,9 @@ def _finish(report: Report, junit: Path | None, as_json: bool) -> None:
 
 
 def devices(
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, with what each is and the source of each figure.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print as JSON, with what each is and the source of each figure.")
+    ] = False,
 ) -> None:
     """List the devices that `budget.device` may name, with what their profiles limit. None says how fast a device is."""
     from secateurs.devices import MEMORY_SHARE
