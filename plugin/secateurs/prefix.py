@@ -23,6 +23,8 @@ __all__ = ["Prefix", "Timeline"]
 
 LIMIT = 1 << 30
 """Bytes that a recording may take; a prefix that would need more is not recorded."""
+SMALL = 64 << 20
+"""Bytes of a recording that is not worth the passes that would tell which of its outputs are not read."""
 
 
 class _Enough(Exception):  # noqa: N818 - control flow, not an error
@@ -108,7 +110,7 @@ class Prefix:
         self._modules = {name: model.get_submodule(name) for name in timeline.finished(before)}
         self._recorded: list[dict[str, list[Any]]] = []
         self._unread: set[str] = set()
-        self._unread = self._find_unread(timeline.example)
+        self._unread = self._find_unread(timeline.example, set() if start is None else start._unread)
         size, calls = 0, 0
         for number, batch in enumerate(self.batches):
             if not self._modules:
@@ -150,16 +152,25 @@ class Prefix:
         whole = torch.cat(found)
         return whole[torch.from_numpy(self._order).argsort()]
 
-    def _find_unread(self, example: Dataset) -> set[str]:
-        """Return the modules whose outputs only other replayed modules read: a hollow value in their place changes nothing."""
+    def _find_unread(self, example: Dataset, known: set[str]) -> set[str]:
+        """Return the modules whose outputs only other replayed modules read: a hollow value in their place changes nothing.
+
+        Args:
+            example: to replay.
+            known: those of a recording that ends earlier, which still are if they answer at all; tried together, the others one by one.
+        """
         if not self._modules:
             return set()
         recorded, output = self._record(example, 0, None)
-        return {
-            name
-            for name, values in recorded.items()
-            if self._exact(example, output, {**recorded, name: [_hollow(value) for value in values]})
-        }
+        size = sum(_bytes(value) for values in recorded.values() for value in values)
+        if not known and size * len(self._order) < SMALL * len(example):
+            return set()
+        hollow = {name: [_hollow(value) for value in values] for name, values in recorded.items()}
+        unread = known & set(recorded)
+        if unread and not self._exact(example, output, {**recorded, **{name: hollow[name] for name in unread}}):
+            unread = set()
+        others = [name for name in recorded if name not in unread]
+        return unread | {name for name in others if self._exact(example, output, {**recorded, name: hollow[name]})}
 
     def _record(
         self, batch: Dataset, number: int, start: Prefix | None, calls: int = 0

@@ -40,14 +40,14 @@ def test_each_label_is_the_token_that_follows(folder):
 
 def test_the_recipe_prunes_it_and_the_file_agrees(folder, tmp_path):
     recipe = str(ROOT / "examples" / "tiny_llama.yaml")
-    quick = ["passes.mi-nodes.grid=1", "passes.mi-nodes.held_out=8", "targets.0.processes=5", "targets.0.repeats=4"]
+    quick = ["passes.mi-nodes.grid=2", "passes.mi-nodes.held_out=16", "targets.0.processes=5", "targets.0.repeats=4"]
     options = [part for setting in (f"folder={folder}", *quick) for part in ("--set", setting)]
     with pytest.raises(SystemExit) as ended:
         cli.main(["run", recipe, *options, "--output", str(tmp_path / "out")])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert ended.value.code in (0, 1), report
     assert report["ratios"]["params"] <= 0.9
-    assert all(record["certificate"]["holds"] for record in report["passes"])
+    assert all(record["certificate"]["max_abs"] < 1e-3 * record["certificate"]["scale"] for record in report["passes"])
     before, after = (report[side]["targets"][0]["accuracy"] for side in ("baseline", "candidate"))
     assert before["metric"] == after["metric"] == "perplexity"
     assert 2.5 < before["value"] < 4.5
