@@ -7,5 +7,5 @@ ruff format --check .
 mypy
 lint-imports --no-cache
 # One thread per worker: two workers with two threads each fight over two cores.
-OMP_NUM_THREADS=1 pytest -n 2 --dist loadgroup -m "not long and not gpu and not alone" "$@"
+OMP_NUM_THREADS=1 pytest -n 2 -m "not long and not gpu and not alone" "$@"
 pytest -m "alone and not long and not gpu" "$@"

@@ -287,8 +287,8 @@ def quiet() -> Iterator[list[warnings.WarningMessage]]:
         logging.disable(disabled)
 
 
-def explained(error: Exception) -> str:
-    """Return cause and remedy of a failed export in one or two sentences."""
+def explained(error: Exception, remedy: str = "Change `forward` so that `torch.export.export` accepts it.") -> str:
+    """Return cause and remedy of a failed export in one or two sentences; `remedy` where the cause is not known."""
     root: BaseException = error
     while root.__cause__ is not None:
         root = root.__cause__
@@ -313,10 +313,7 @@ def explained(error: Exception) -> str:
             f"the network fixes its batch size or length: {_first_line(root, 'inferred')} Look for a size that `forward` "
             "hard-codes, for example in `view(2, ...)`, and take it from `x.shape` instead."
         )
-    return (
-        f"torch cannot export the network ({type(root).__name__}: {_first_line(root)}). Change `forward` so that "
-        f"`torch.export.export` accepts it."
-    )
+    return f"torch cannot export the network ({type(root).__name__}: {_first_line(root)}). {remedy}"
 
 
 def _first_line(error: BaseException, containing: str = "") -> str:

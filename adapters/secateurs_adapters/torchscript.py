@@ -83,7 +83,7 @@ class TorchScriptExporter:
                     verbose=False,
                 )
         except Exception as error:
-            raise ExportError(explained(error)) from error
+            raise ExportError(explained(error, "Take `exporter: dynamo`, which traces another way.")) from error
         decisions = _decisions(flat, tuple(traced.inputs.values()), said)
         if decisions and not self.settings.traced_branches:
             raise ExportError(

@@ -18,7 +18,6 @@ VOCABULARY = DATA / "stories260k_vocab.json"
 
 pytestmark = [
     pytest.mark.hf,
-    pytest.mark.xdist_group("stories260k"),
     pytest.mark.skipif(not WEIGHTS.exists(), reason="shared/data/weights_stories260k_llama.safetensors is not there"),
 ]
 

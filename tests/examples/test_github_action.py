@@ -35,7 +35,7 @@ def ended(command):
 
 
 @pytest.fixture
-def checkout(tmp_path, monkeypatch):
+def checkout(tmp_path, monkeypatch, fresh_example_modules):
     """Change into a copy of the examples, in which recipe and zoo are small."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.chdir(tmp_path)

@@ -22,6 +22,16 @@ PASSES = [
 HOW = {"evaluate": lambda _: 1.0}
 
 
+@pytest.fixture(autouse=True)
+def no_state_stays():
+    """Forget the state that a Trainer's accelerator leaves to the whole process."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+
+
 def network():
     config = transformers.BertConfig(
         vocab_size=15, max_position_embeddings=32, num_labels=2, hidden_dropout_prob=0.0,

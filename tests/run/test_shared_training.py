@@ -119,6 +119,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.usefixtures("fresh_example_modules")
 def test_a_run_resumes_in_the_middle_of_its_recovery(tmp_path):
     recipe = load_recipe(written(tmp_path, TINY))
     seen = []
@@ -147,6 +148,7 @@ def test_a_run_resumes_in_the_middle_of_its_recovery(tmp_path):
     assert not (tmp_path / "out" / ".secateurs").exists()
 
 
+@pytest.mark.usefixtures("fresh_example_modules")
 def test_settings_that_cannot_work_are_found_before_anything_is_pruned(secateurs, tmp_path):
     failed = secateurs(
         "run",

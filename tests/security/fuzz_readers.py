@@ -15,7 +15,10 @@ import tempfile
 import traceback
 from pathlib import Path
 
-import atheris
+try:
+    import atheris
+except ImportError as missing:
+    raise ImportError("the fuzzer needs atheris: pip install 'secateurs[fuzz]'") from missing
 
 sys.path.insert(0, str(Path(__file__).parent))
 with atheris.instrument_imports(include=["secateurs", "secateurs_adapters", "yaml", "numpy.lib"]):

@@ -85,7 +85,6 @@ def twelve(zoo, work, tmp_path_factory):
 
 
 @pytest.mark.hf
-@pytest.mark.xdist_group("zoo")
 @pytest.mark.timeout(3000)
 class TestTwelveNetworks:
     def test_each_has_its_status_and_the_others_are_unharmed(self, twelve):
@@ -99,7 +98,8 @@ class TestTwelveNetworks:
         assert "30 s" in reasons["hangs"]
         assert "`memory_mib` allows 1500" in reasons["greedy"]
         assert "this network cannot be built" in reasons["raises"]
-        assert "accuracy_drop: measured" in reasons["digits"]
+        assert reasons["digits"].startswith("accuracy_drop")
+        assert "measured" in reasons["digits"]
         assert not any(reasons[name] for name, (status, _) in EXPECTED.items() if status == "pass")
 
     def test_each_verdict_has_its_whole_folder_and_figures(self, twelve):
@@ -115,7 +115,7 @@ class TestTwelveNetworks:
             target = report["candidate"]["targets"][0]
             assert row["latency_ms"] == target["latency_ms"]["p50"] > 0
             assert row["peak_memory_bytes"] == target["peak_memory_bytes"] > 0
-            assert row["target"] == "CPUExecutionProvider batch 1"
+            assert row["target"].startswith("CPUExecutionProvider batch 1")
         assert 170 / 200 <= twelve.rows["resnet-20"]["accuracy_baseline"] <= 1
 
     def test_there_is_one_file_per_result_and_a_leaderboard_in_each_form(self, twelve):
@@ -168,7 +168,6 @@ def start_and_wait(trivial, zoo, folder, *arguments):
     return zoo(file, folder / "out", "--workers", 2, *arguments, environment=trivial.environment)
 
 
-@pytest.mark.xdist_group("zoo")
 def test_warm_workers_find_the_same_as_fresh_ones(undisturbed, trivial, zoo, tmp_path):
     warm = start_and_wait(trivial, zoo, tmp_path, "--warm")
     assert warm.code == 0, warm.err
@@ -176,7 +175,6 @@ def test_warm_workers_find_the_same_as_fresh_ones(undisturbed, trivial, zoo, tmp
 
 
 @needs_ray
-@pytest.mark.xdist_group("zoo")
 def test_ray_finds_the_same_as_this_machine(undisturbed, trivial, zoo, tmp_path):
     ray = start_and_wait(trivial, zoo, tmp_path, "--ray", "local")
     assert ray.code == 0, ray.err
@@ -184,14 +182,12 @@ def test_ray_finds_the_same_as_this_machine(undisturbed, trivial, zoo, tmp_path)
 
 
 @needs_ray
-@pytest.mark.xdist_group("zoo")
 def test_a_cluster_that_does_not_answer_is_an_error_of_the_user(trivial, zoo, tmp_path):
     refused = start_and_wait(trivial, zoo, tmp_path, "--ray", "no-such-address")
     assert refused.code == 2
     assert "no Ray cluster answers at 'no-such-address'" in " ".join(refused.err.split())
 
 
-@pytest.mark.xdist_group("zoo")
 def test_a_folder_that_is_in_use_or_holds_something_else_is_refused(undisturbed, trivial, zoo, tmp_path):
     ran = undisturbed[0]
     file = ran.output.parent / "zoo.yaml"
@@ -213,7 +209,6 @@ def test_a_folder_that_is_in_use_or_holds_something_else_is_refused(undisturbed,
 MOMENTS = [*range(2), *(pytest.param(number, marks=pytest.mark.long) for number in range(2, 20))]
 
 
-@pytest.mark.xdist_group("zoo")
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_zoo_resumes_to_the_table_of_an_undisturbed_one(undisturbed, trivial, zoo, tmp_path, moment):
