@@ -40,7 +40,7 @@ def test_each_label_is_the_token_that_follows(folder):
 
 def test_the_recipe_prunes_it_and_the_file_agrees(folder, tmp_path):
     recipe = str(ROOT / "examples" / "tiny_llama.yaml")
-    quick = ["passes.mi-nodes.grid=2", "passes.mi-nodes.held_out=16", "targets.0.processes=5", "targets.0.repeats=4"]
+    quick = ["passes.mi-nodes.allocation=uniform", "targets.0.processes=5", "targets.0.repeats=4"]
     options = [part for setting in (f"folder={folder}", *quick) for part in ("--set", setting)]
     with pytest.raises(SystemExit) as ended:
         cli.main(["run", recipe, *options, "--output", str(tmp_path / "out")])
