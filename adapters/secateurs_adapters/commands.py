@@ -326,6 +326,7 @@ def _print(report: Report) -> None:
     from rich.console import Console
 
     from secateurs.cli import report_table
+    from secateurs.errors import printable
 
     console = Console()
     console.print(report_table(report))
@@ -334,13 +335,12 @@ def _print(report: Report) -> None:
             where = "" if row.target is None else f" on {row.target}"
             measured = "nothing" if row.measured is None else f"{row.measured:.4g}"
             because = "" if row.reason is None else f" ({row.reason})"
-            console.print(
-                f"{row.status}: {row.name}{where} measured {measured}, allowed {row.limit:g}{because}", markup=False
-            )
+            told = f"{row.status}: {row.name}{where} measured {measured}, allowed {row.limit:g}{because}"
+            console.print(printable(told), markup=False)
     for reason in report.reasons:
-        console.print(f"fails: {reason}", markup=False)
+        console.print(printable(f"fails: {reason}"), markup=False)
     for note in report.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(printable(f"note: {note}"), markup=False)
     console.print(f"verdict: {report.verdict}", markup=False)
 
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from secateurs import checkpoint
 from secateurs.errors import ModelError, PlanError
+from secateurs.files import plain_json, read_file
 from secateurs.forward import frozen_randomness, tensors
 from secateurs.report import write_text
 from secateurs.surgery import apply_plan
@@ -96,7 +97,7 @@ def write_card(folder: Path) -> None:
     mark = folder / FOLDER / checkpoint.MARK
     if not mark.is_file():
         return
-    told = json.loads(mark.read_text(encoding="utf-8"))
+    told = plain_json(read_file(mark, "mark", ModelError), f"the mark {str(mark)!r}", ModelError)
     card = folder / "README.md"
     figures = (
         card.read_text(encoding="utf-8").partition("## How to use it")[0] if card.is_file() else "# Pruned network\n\n"

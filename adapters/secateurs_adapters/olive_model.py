@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from secateurs import checkpoint
 from secateurs.errors import ModelError
+from secateurs.files import plain_json, read_file
 from secateurs.forward import tensors
 from secateurs.plan import Plan
 from secateurs.report import write_text
@@ -83,7 +84,7 @@ def read_handler(handler: Any) -> Given:
         )
     home = Path(handler.model_path) if handler.model_path else None
     if home is not None and (home / SOURCE).is_file():
-        source = json.loads((home / SOURCE).read_text(encoding="utf-8"))["source"]
+        source = _told(home / SOURCE)["source"]
         return Given(_module(handler.load_model()), Plan.load(home / checkpoint.PLAN), source)
     return Given(_module(handler.load_model()), source=_named(handler))
 
@@ -105,7 +106,7 @@ def write_handler(handler: Any, given: Given, plan: Plan, folder: Path, example:
     mark = folder / FOLDER / checkpoint.MARK
     hugging = mark.is_file()
     if isinstance(handler, HfModelHandler):
-        if hugging and json.loads(mark.read_text(encoding="utf-8"))["plain"]:
+        if hugging and _told(mark)["plain"]:
             return HfModelHandler(**{**handler.to_json()["config"], "model_path": str(folder / FOLDER)})
         _log.warning("no configuration describes the pruned network: it goes on as a PyTorchModel")
     kind = _write_dummies(_dummies(handler, example), folder)
@@ -137,7 +138,7 @@ def load_pruned(folder: str) -> nn.Module:
     home = Path(folder)
     if (home / FOLDER / "config.json").is_file():
         return load_pruned_hf(home)
-    source = json.loads((home / SOURCE).read_text(encoding="utf-8"))["source"]
+    source = _told(home / SOURCE)["source"]
     return checkpoint.load(home, build=lambda: _module(_build(source)))
 
 
@@ -151,7 +152,7 @@ def dummy_inputs(handler: Any) -> Any:
         A tensor, a tuple of tensors, or tensors by name: what the handler before pruning gave.
     """
     home = Path(handler.model_path)
-    kind = json.loads((home / SOURCE).read_text(encoding="utf-8"))["dummy_inputs"]
+    kind = _told(home / SOURCE)["dummy_inputs"]
     found = load_file(home / DUMMIES)
     if kind["form"] == "dict":
         return {name: found[name] for name in kind["names"]}
@@ -168,6 +169,16 @@ def _module(network: Any) -> nn.Module:
             f"the model loader returned {type(network).__name__}; Secateurs needs the torch.nn.Module itself."
         )
     return network.eval()
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """Return what a file of a pruned folder says."""
+    told = plain_json(read_file(path, "file", ModelError), f"the file {str(path)!r}", ModelError)
+    if not isinstance(told, dict):
+        raise ModelError(
+            f"the file {str(path)!r} holds {type(told).__name__}; prune again, it is not what was written."
+        )
+    return told
 
 
 def _named(handler: Any) -> dict[str, Any]:

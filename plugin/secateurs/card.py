@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
+from secateurs.errors import printable
 from secateurs.recipe import Recipe
 from secateurs.report import Report, Trial, Variant
 from secateurs.tables import TRIAL_HEADINGS, VARIANT_HEADINGS, figure_rows, trial_rows, variant_rows
@@ -22,7 +24,7 @@ def model_card(report: Report, recipe: Recipe) -> str:
     )
     return f"""# Pruned network
 
-Verdict: **{report.verdict}**{"".join(f" ({reason})" for reason in report.reasons)}
+Verdict: **{report.verdict}**{"".join(f" ({_plain(reason)})" for reason in report.reasons)}
 
 | | baseline | candidate | ratio | budget | verdict |
 |---|---|---|---|---|---|
@@ -40,6 +42,11 @@ Network: `{recipe.model.loader}: {recipe.model.value}`. The resolved recipe is `
 
     {_loading(recipe)}
 """
+
+
+def _plain(text: str) -> str:
+    """Return text without what Markdown or a browser would take for more than text."""
+    return re.sub(r"([\\`*<>\[\]|#])", r"\\\1", " ".join(printable(text).split()))
 
 
 def _loading(recipe: Recipe) -> str:

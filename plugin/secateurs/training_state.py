@@ -177,7 +177,7 @@ def read(folder: Path, key: str, model: nn.Module, trained: Iterable[nn.Paramete
             if numbers.digest != key:
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError, ValidationError):
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError, RecursionError, ValidationError):
         return None
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "kept": {}, "optimiser": {}}
     for name, tensor in tensors.items():

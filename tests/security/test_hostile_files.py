@@ -225,3 +225,10 @@ def test_a_bundle_holds_no_code_of_the_network(tmp_path, name):
     with pytest.raises(DataError, match="cannot hold"):
         write_bundle(file, file, tmp_path / "kit")
     assert not (tmp_path / "kit").exists()
+
+
+def test_a_name_in_the_model_card_is_text():
+    from secateurs.card import _plain
+
+    told = _plain("layer<img src=x>\n# [a](b) `c` | \x1b[2J accuracy_drop")
+    assert told == r"layer\<img src=x\> \# \[a\](b) \`c\` \| \\x1b\[2J accuracy_drop"
