@@ -23,7 +23,8 @@ def tokenizer_into(folder):
     folder.mkdir(exist_ok=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    made = transformers.BertTokenizerFast(vocab_file=str(folder / "vocab.txt"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}\n')
+    made = transformers.BertTokenizerFast.from_pretrained(str(folder))  # transformers 5 takes no `vocab_file`
     made.save_pretrained(folder)
     return made
 
