@@ -77,7 +77,12 @@ def test_a_run_leaves_a_folder_that_from_pretrained_reloads(tmp_path, bert, revi
     assert any("`from_pretrained` of transformers reloads" in note for note in report["notes"])
 
     folder = out / "huggingface"
-    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "README.md",
+    }
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 3
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     assert transformers.AutoTokenizer.from_pretrained(folder)("good film")["input_ids"] == [2, 5, 7, 3]
