@@ -51,11 +51,10 @@ OUTPUTS = (
     "baseline.onnx",
     "baseline.onnx.json",
     "README.md",
-    "config.json",
 )
 """The files of every output folder."""
-VARIANTS = ("{}.onnx.data", "{}.edge.*", "{}.quantised.*")
-"""What may lie beside `model.onnx` and `baseline.onnx`, by the first part of their names."""
+VARIANTS = ("{}.onnx.data", "{}.edge.*", "{}.quantised.*", "config.json")
+"""What may lie beside `model.onnx` and `baseline.onnx`, by the first part of their names; the last makes `from_pretrained` fail there."""
 PLANS = "plans"
 """The folder in it of the plans that a search tried."""
 STATE = ".secateurs"
