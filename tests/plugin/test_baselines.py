@@ -69,3 +69,21 @@ def test_chance_follows_the_seed(setting):
     assert first == again != other
     for group in setting[2].groups:
         assert len(set(first[group.root])) == group.units - 1
+
+
+def test_a_pass_that_is_aimed_again_measures_again_for_another_seed_or_other_data(setting):
+    model, data, _ = setting
+    kept = RandomNodes()
+
+    def removed(aimed_from, **options):
+        context = Context(model=model, baseline=model, calibration=options.pop("data", data), **options)
+        return aimed_from.aimed("units", 0.5).propose(context).plan
+
+    plans = [removed(kept, seed=seed) for seed in (0, 1, 2, 0)]
+    assert plans == [removed(RandomNodes(), seed=seed) for seed in (0, 1, 2, 0)]
+    assert plans[0] != plans[1] != plans[2]
+    survey = kept._known.survey
+    removed(kept, seed=0)
+    assert kept._known.survey is survey, "the same question is answered from what is known"
+    removed(kept, seed=0, data=vectors(30, seed=4))
+    assert kept._known.survey is not survey

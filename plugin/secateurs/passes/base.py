@@ -69,6 +69,17 @@ class Context:
     entry: nn.Module | None = None
     done: Plan = field(default_factory=Plan)
 
+    def asks_as(self, other: Context | None) -> bool:
+        """Tell whether what was measured for another context holds for this one: the same network, data and seed."""
+        return (
+            other is not None
+            and self.model is other.model
+            and self.calibration is other.calibration
+            and self.training is other.training
+            and self.validation is other.validation
+            and self.seed == other.seed
+        )
+
     @property
     def example(self) -> Dataset:
         """A few calibration examples, for tracing and shape checks."""

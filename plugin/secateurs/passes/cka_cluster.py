@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateurs.blocks import Block
 from secateurs.errors import DataError
@@ -80,7 +80,7 @@ def neighbours(blocks: Sequence[Block], plan: Plan) -> tuple[str, ...]:
 class _Measured:
     """The blocks of one network and how similar they are."""
 
-    model: nn.Module | None = None
+    context: Context | None = None
     blocks: list[Block] = field(default_factory=list)
     similarity: Similarity = field(default_factory=lambda: Similarity((), torch.zeros(0, 0, dtype=torch.float64)))
 
@@ -175,15 +175,15 @@ class CkaCluster(Pass):
 
     def _measure(self, context: Context) -> _Measured:
         """Return the blocks of the network and their similarity, measured once per network."""
-        if self._first.model is None:
+        if self._first.context is None:
             self._latest = self._first
         for known in (self._first, self._latest):
-            if known.model is context.model:
+            if context.asks_as(known.context):
                 return known
-        if self._latest.model is not None:
+        if self._latest.context is not None:
             self._latest = _Measured()
         known = self._latest
-        known.model, known.blocks = context.model, live_blocks(context)
+        known.context, known.blocks = context, live_blocks(context)
         known.similarity = block_similarity(
             context, known.blocks, batch_size=self.settings.batch_size, estimator=self.settings.estimator
         )

@@ -270,7 +270,7 @@ class Ranking:
 class _Known:
     """What was found out about one network: passes that differ only in their budget share it."""
 
-    model: nn.Module | None = None
+    context: Context | None = None
     blocks: list[Block] = field(default_factory=list)
     choice: Choice | None = None
 
@@ -389,9 +389,9 @@ class DepthPass(Pass):
 
     def _find_out(self, context: Context) -> _Known:
         known = self._known
-        if known.model is not context.model:
+        if not context.asks_as(known.context):
             blocks = live_blocks(context)
-            known.model, known.blocks, known.choice = context.model, blocks, self.choice(context, blocks)
+            known.context, known.blocks, known.choice = context, blocks, self.choice(context, blocks)
         return known
 
     def _within_budget(self, context: Context, choice: Choice) -> Sequence[Removal]:

@@ -7,8 +7,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from torch import nn
-
 from secateurs.allocation import Option, allocate, allocate_uniform
 from secateurs.certificate import keep_certified
 from secateurs.data import Dataset
@@ -144,12 +142,12 @@ class NodePass(Pass):
 
     def _find_out(self, context: Context) -> None:
         """Fill `_known` for the network of the context, unless it is there."""
-        if self._known.model is context.model:
+        if context.asks_as(self._known.context):
             return
         groups, skipped = checked_groups(context.model, context.example, self.settings, context.describe_attention)
         survey = Survey(context.model, groups, context.calibration, context.seed, self.folds) if groups else None
         orders = {} if survey is None else self.orders(survey, context)
-        self._known.replace(context.model, survey, orders, tuple(skipped))
+        self._known.replace(context, survey, orders, tuple(skipped))
 
     def _plan(
         self,
@@ -322,7 +320,7 @@ class NodePass(Pass):
 class _Known:
     """What was found out about one network: passes that differ only in their target share it."""
 
-    model: nn.Module | None = None
+    context: Context | None = None
     survey: Survey | None = None
     orders: Mapping[str, Mapping[str, Order]] = field(default_factory=dict)
     skipped: tuple[Skipped, ...] = ()
@@ -332,13 +330,13 @@ class _Known:
 
     def replace(
         self,
-        model: nn.Module,
+        context: Context,
         survey: Survey | None,
         orders: Mapping[str, Mapping[str, Order]],
         skipped: tuple[Skipped, ...],
     ) -> None:
         """Forget the network before, and remember another one."""
-        self.model, self.survey, self.orders, self.skipped = model, survey, orders, skipped
+        self.context, self.survey, self.orders, self.skipped = context, survey, orders, skipped
         self.measured, self.sound, self.refused = {}, set(), set()
 
 
