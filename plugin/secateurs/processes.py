@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _PATIENCE = timedelta(days=7)
 """How long the others wait while the main process measures."""
+_GRACE = 0.3
+"""Seconds that gloo's threads have to let go of their tensors before the interpreter ends."""
 
 
 def count() -> int:
@@ -101,15 +104,25 @@ def from_main(make: Callable[[], Value], write: Callable[[Value], str], read: Ca
 
 
 def _leave() -> None:
-    """Close what we opened: gloo's threads, if they still run when the interpreter goes, end the process with an error."""
+    """Close what we opened, and let gloo's threads finish.
+
+    Such a thread lets go of the tensors of its last work after the process that waited for it went on, and needs the interpreter for it.
+    If the interpreter is gone by then, the process aborts. Deleting a group waits for its threads; where others hold on to the group,
+    sleeping leaves the interpreter to them.
+    """
     from torch import distributed
 
     if not distributed.is_initialized():
         return
+    own = [_group()] if _group.cache_info().currsize else []
+    _group.cache_clear()
     if distributed.get_backend() == "gloo":
         distributed.destroy_process_group()
-    elif _group.cache_info().currsize:
-        distributed.destroy_process_group(_group())
+    else:
+        for group in own:
+            distributed.destroy_process_group(group)
+    own.clear()
+    time.sleep(_GRACE)
 
 
 @functools.cache
