@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,24 +227,40 @@ def _head_changes(model: nn.Module, config: Any) -> Iterator[Change]:
 
 
 def _not_uniform(model: Any, wanted: Shapes, obtained: Shapes, lists: Mapping[str, list[int]]) -> str:
-    """Say which tensors no configuration describes, under the names that they have in the pruned network."""
+    """Say which tensors no configuration describes, under the names that they have in the pruned network, and what to do."""
     own = {_moved_up(name, lists): name for name in model.state_dict()}
-    odd = {_pattern(name) for name in wanted if wanted[name] != obtained.get(name)}
-    parts = []
-    for pattern in sorted(odd):
+    odd: dict[str, list[str]] = {}
+    for name in sorted(wanted):
+        odd.setdefault(_pattern(name), []).append(name)
+    odd = {pattern: names for pattern, names in odd.items() if any(wanted[n] != obtained.get(n) for n in names)}
+    parts, fixed = [], set[str]()
+    for pattern, names in odd.items():
         layers: dict[tuple[int, ...], list[str]] = {}
-        for name in wanted:
-            if _pattern(name) == pattern:
-                layers.setdefault(wanted[name], []).append(", ".join(re.findall(r"(?<=\.)\d+(?=\.)", own[name])))
+        for name in names:
+            layers.setdefault(wanted[name], []).append(", ".join(re.findall(r"(?<=\.)\d+(?=\.)", own[name])))
         where = " and ".join(
             f"{shape}" + (f" in {'; '.join(some)}" if any(some) else "") for shape, some in layers.items()
         )
-        expected = sorted({f"{obtained[name]}" for name in wanted if _pattern(name) == pattern and name in obtained})
-        tells = "" if len(layers) > 1 else f" where the configuration gives {' or '.join(expected) or 'none'}"
+        expected = sorted({obtained[name] for name in names if name in obtained})
+        tells = "" if len(layers) > 1 else f" where the configuration gives {_listed(expected)}"
         parts.append(f"{pattern} is {where}{tells}")
+        if len(layers) == 1 and expected and expected[0][:1] != next(iter(layers))[:1]:
+            fixed.add(pattern.rpartition(".")[0])
     parts += [f"{name} is missing" for name in sorted(obtained.keys() - wanted.keys())][:1]
     more = f", and {len(parts) - LISTED} more" if len(parts) > LISTED else ""
-    return f"no {type(model.config).__name__} describes the pruned {type(model).__name__}: {'; '.join(parts[:LISTED])}{more}. {_REMEDY}"
+    leave = f" Leave alone what no configuration describes: `ignored_layers: {_quoted(fixed)}`." if fixed else ""
+    said = "; ".join(parts[:LISTED])
+    return (
+        f"no {type(model.config).__name__} describes the pruned {type(model).__name__}: {said}{more}. {_REMEDY}{leave}"
+    )
+
+
+def _listed(shapes: Sequence[tuple[int, ...]]) -> str:
+    return " or ".join(f"{shape}" for shape in shapes) or "none"
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return "[" + ", ".join(f'"{name}"' for name in sorted(names)) + "]"
 
 
 def _pattern(name: str) -> str:

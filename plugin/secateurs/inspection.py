@@ -11,7 +11,7 @@ from rich.tree import Tree
 
 from secateurs import cost
 from secateurs.blocks import find_blocks
-from secateurs.passes.depth import cka_matrix
+from secateurs.passes.compared import cka_matrix
 from secateurs.passes.survey import checked_groups
 from secateurs.pipeline import Session
 from secateurs.settings import NodeSettings

@@ -17,6 +17,7 @@ __all__ = [
     "DepthSettings",
     "EdgeSettings",
     "ExportSettings",
+    "LayerSettings",
     "LossGreedySettings",
     "MagnitudeSettings",
     "MiNodesSettings",
@@ -39,7 +40,16 @@ class PassSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class CkaClusterSettings(PassSettings):
+class LayerSettings(PassSettings):
+    """What all passes share that remove layers or parts of them."""
+
+    ignored_layers: tuple[str, ...] = Field(
+        (),
+        description="layers that stay and keep all their outputs, by name or shell pattern (`*.pooler`), with everything inside them",
+    )
+
+
+class CkaClusterSettings(LayerSettings):
     """Options of `cka-cluster` (MPruner)."""
 
     threshold: Fraction = Field(
@@ -71,7 +81,7 @@ class CkaClusterSettings(PassSettings):
     )
 
 
-class DepthSettings(PassSettings):
+class DepthSettings(LayerSettings):
     """Options that all passes share that bypass blocks until a budget is met; of the three budgets, one is given.
 
     Targets are ratios candidate / baseline of the whole network.
@@ -133,7 +143,7 @@ class LossGreedySettings(DepthSettings):
     samples: int = Field(256, ge=1, description="calibration examples on which the loss is taken")
 
 
-class NodeSettings(PassSettings):
+class NodeSettings(LayerSettings):
     """Options that all node-pruning passes share: how much, where, and how the network is mended.
 
     Targets are ratios candidate / baseline of the whole network; `target_units` leaves that share of every group's units.

@@ -222,6 +222,21 @@ def test_a_network_whose_layers_differ_is_refused_with_their_widths(tmp_path):
     assert "`secateurs.load`" in said
 
 
+def test_what_no_configuration_describes_can_be_left_alone(tmp_path):
+    model = scaled(
+        transformers.BertForSequenceClassification(
+            transformers.BertConfig(vocab_size=97, max_position_embeddings=64, **SMALL)
+        )
+    )
+    said = refused(pruned(model, tokens, heads=False), tmp_path / "saved", "no BertConfig")
+    assert said.endswith('Leave alone what no configuration describes: `ignored_layers: ["bert.pooler.dense"]`.')
+    result = pruned(model, tokens, heads=False, ignored_layers=["bert.pooler.dense"])
+    save_pretrained(result.model, result.plan, tmp_path / "saved")
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert (plain.config.num_hidden_layers, plain.config.intermediate_size) == (3, 32)
+    assert torch.equal(first(plain(**tokens(2))), first(result.model(**tokens(2))))
+
+
 def test_heads_that_the_configuration_ties_to_the_hidden_size_are_refused(tmp_path):
     said = refused(pruned(bert(), tokens), tmp_path / "saved", "no BertConfig")
     assert "attention.self.key.weight is (16, 32)" in said

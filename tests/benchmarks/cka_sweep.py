@@ -23,7 +23,7 @@ from measuring import DATA, alternate, arguments, machine, medians, versions, wr
 from torch import Tensor, nn
 
 from secateurs.data import Dataset
-from secateurs.passes.depth import cka_matrix
+from secateurs.passes.compared import cka_matrix
 from secateurs.probe import sweep
 from secateurs.similarity import CkaAccumulator
 from secateurs_adapters.datasets import NpzSettings, load_npz

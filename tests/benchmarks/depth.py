@@ -28,7 +28,8 @@ from secateurs.manager import create_manager
 from secateurs.outputs import kl_divergence
 from secateurs.passes.base import Context, Pass, Proposal
 from secateurs.passes.cka_cluster import CkaCluster
-from secateurs.passes.depth import DepthPass, block_similarity, layers_after, live_blocks
+from secateurs.passes.compared import block_similarity, live_blocks
+from secateurs.passes.depth import DepthPass, layers_after
 from secateurs.pipeline import Outcome, build_pass, run_passes
 from secateurs.plan import DropBlock, Plan
 from secateurs.recipe import load_recipe, parse_pass

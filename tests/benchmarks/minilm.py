@@ -33,7 +33,8 @@ from secateurs.intervals import mcnemar_p_value, paired_difference_interval
 from secateurs.manager import create_manager
 from secateurs.outputs import kl_divergence
 from secateurs.passes.base import Pass
-from secateurs.passes.depth import DepthPass, block_similarity, live_blocks
+from secateurs.passes.compared import block_similarity, live_blocks
+from secateurs.passes.depth import DepthPass
 from secateurs.passes.width import NodePass
 from secateurs.pipeline import build_pass, recover, run_passes
 from secateurs.plan import DropBlock

@@ -12,7 +12,7 @@ from secateurs.forward import predict
 from secateurs.outputs import kl_divergence
 from secateurs.passes.base import Context
 from secateurs.passes.block_baselines import BlockInfluence, LossGreedy, block_influence
-from secateurs.passes.depth import live_blocks
+from secateurs.passes.compared import live_blocks
 from secateurs.plan import DropBlock, Plan
 from secateurs.surgery import applied
 

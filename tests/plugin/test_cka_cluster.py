@@ -13,7 +13,7 @@ from secateurs.forward import predict, tensors
 from secateurs.modules import Bypass
 from secateurs.passes.base import Context
 from secateurs.passes.cka_cluster import CkaCluster, neighbours
-from secateurs.passes.depth import cka_matrix, live_blocks
+from secateurs.passes.compared import cka_matrix, live_blocks
 from secateurs.plan import DropBlock, Plan
 from secateurs.surgery import applied
 

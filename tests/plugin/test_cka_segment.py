@@ -14,7 +14,7 @@ from secateurs.forward import predict, tensors
 from secateurs.outputs import kl_divergence, unsure_temperature
 from secateurs.passes.base import Context
 from secateurs.passes.cka_segment import CkaSegment, segments_of
-from secateurs.passes.depth import Similarity, cka_matrix, live_blocks
+from secateurs.passes.compared import Similarity, cka_matrix, live_blocks
 from secateurs.passes.trials import Trials, held_out, label_loss
 from secateurs.plan import DropBlock, Plan
 from secateurs.recalibration import estimate_statistics

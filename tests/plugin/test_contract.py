@@ -9,12 +9,12 @@ import torch
 from networks import dense, images, mlp, plain, residual, separable, vectors
 from torch import nn
 
-from secateurs.errors import DataError
+from secateurs.errors import DataError, RecipeError
 from secateurs.forward import predict
 from secateurs.manager import create_manager
 from secateurs.passes.base import Pass, Proposal
 from secateurs.pipeline import build_pass
-from secateurs.plan import DropBlock, Plan
+from secateurs.plan import DropBlock, Plan, RemoveUnits
 from secateurs.recipe import PassSpec
 from secateurs.report import Skipped
 from secateurs.testing import PassContract, Snapshot
@@ -103,6 +103,41 @@ class _Scripted:
     edits: tuple = ()
     skipped: tuple = ()
     spoil: Callable[[nn.Module], object] = field(default=lambda _: None)
+
+
+def edits(name, options):
+    """Return what a pass removes from the residual network."""
+    kept = contract(lambda: build_pass(PassSpec(name=name, options=options), MANAGER), "residual").run().plan.edits
+    return [edit for edit in kept if isinstance(edit, RemoveUnits | DropBlock)]
+
+
+def producers(edit):
+    """Return the layers that lose outputs."""
+    if isinstance(edit, DropBlock):
+        return {*edit.also, edit.path}
+    return {part.module for part in edit.slices if part.parameter == "weight" and part.dim == 0}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_ignored_layers_stay_as_they_are(name):
+    options = OPTIONS[name][0]
+    layer = sorted(producers(edits(name, options)[0]))[0]
+    left = edits(name, {**options, "ignored_layers": [f"{layer[:-1]}?"]})
+    inside = {path for path, _ in residual().get_submodule(layer).named_modules(prefix=layer)}
+    for edit in left:
+        assert not producers(edit) & inside
+    inner = next(iter(inside - {layer}), layer)
+    for edit in edits(name, {**options, "ignored_layers": [inner]}):
+        assert layer not in producers(edit), "what is around an ignored layer stays too"
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_layer_to_ignore_that_is_not_there_is_told(name):
+    nearly = next(path for path, _ in residual().named_modules() if len(path) > 3)
+    with pytest.raises(
+        RecipeError, match=f"pass '{name}', `ignored_layers`: no layer is named .*did you mean '{nearly}'"
+    ):
+        edits(name, {**OPTIONS[name][0], "ignored_layers": [f"{nearly}x"]})
 
 
 def scripted(script):

@@ -16,7 +16,8 @@ from secateurs.forward import tensors
 from secateurs.modules import Bypass
 from secateurs.passes.base import Context
 from secateurs.passes.block_baselines import BlockInfluence, RandomBlocks
-from secateurs.passes.depth import DepthPass, Ranking, Removal, block_similarity, cka_matrix, layers_after, live_blocks
+from secateurs.passes.compared import block_similarity, cka_matrix, live_blocks
+from secateurs.passes.depth import DepthPass, Ranking, Removal, layers_after
 from secateurs.plan import DropBlock, Plan
 from secateurs.similarity import linear_cka
 

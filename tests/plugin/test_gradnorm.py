@@ -12,7 +12,7 @@ from secateurs.errors import ModelError
 from secateurs.forward import predict
 from secateurs.passes.base import Context
 from secateurs.passes.cka_segment import CkaSegment
-from secateurs.passes.depth import live_blocks
+from secateurs.passes.compared import live_blocks
 from secateurs.passes.gradnorm import GradNormChoice, fresh, gradient_norm, labelled
 from secateurs.plan import DropBlock, Plan
 from secateurs.surgery import apply_plan

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from networks import images, residual
 
 from secateurs.errors import DataError
-from secateurs.passes.depth import cka_matrix
+from secateurs.passes.compared import cka_matrix
 from secateurs.similarity import CkaAccumulator, linear_cka
 
 

@@ -7,8 +7,10 @@ nothing. A pass never changes a network: it returns a plan.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from torch import nn
@@ -20,9 +22,9 @@ from secateurs.errors import DataError, RecipeError, unknown_name
 from secateurs.interfaces import CostModel, ProgressEvent, WidthMultiple
 from secateurs.plan import Plan
 from secateurs.report import Skipped
-from secateurs.settings import PassSettings
+from secateurs.settings import LayerSettings, PassSettings
 
-__all__ = ["Context", "Pass", "Proposal"]
+__all__ = ["Context", "Pass", "Proposal", "ignoring"]
 
 
 def _no_cost_model(name: str) -> CostModel:
@@ -31,6 +33,13 @@ def _no_cost_model(name: str) -> CostModel:
 
 def _no_target() -> WidthMultiple:
     return WidthMultiple(1, "there is no target")
+
+
+def ignoring(path: str, patterns: Sequence[str]) -> str | None:
+    """Return the first pattern that names the layer or one that it is inside of, or None."""
+    parts = path.split(".")
+    names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return next((pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)), None)
 
 
 @dataclass(frozen=True)
@@ -136,11 +145,19 @@ class Pass(abc.ABC):
 
         Raises:
             DataError: something is missing.
+            RecipeError: a layer to ignore is not there.
         """
         if len(context.calibration) < 2:
             raise DataError(
                 f"pass {self.name!r} needs at least 2 calibration examples, got {len(context.calibration)}."
             )
+        if isinstance(self.settings, LayerSettings):
+            names = [name for name, _ in context.baseline.named_modules() if name]
+            for pattern in self.settings.ignored_layers:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    near = " or ".join(repr(name) for name in difflib.get_close_matches(pattern, names, n=2))
+                    hint = f"did you mean {near}?" if near else f"there are, for example, {', '.join(names[:4])}."
+                    raise RecipeError(f"pass {self.name!r}, `ignored_layers`: no layer is named {pattern!r}; {hint}")
 
     @abc.abstractmethod
     def propose(self, context: Context) -> Proposal:

@@ -22,7 +22,8 @@ from torch import Tensor
 from secateurs.blocks import Block
 from secateurs.errors import DataError
 from secateurs.passes.base import Context, Pass, Proposal
-from secateurs.passes.depth import Similarity, block_similarity, layers_after, live_blocks, renumbered
+from secateurs.passes.compared import Similarity, block_similarity, live_blocks
+from secateurs.passes.depth import layers_after, renumbered
 from secateurs.plan import DropBlock, Plan
 from secateurs.report import Skipped
 from secateurs.segmentation import anchored_clusters, removed_members
@@ -183,7 +184,7 @@ class CkaCluster(Pass):
         if self._latest.context is not None:
             self._latest = _Measured()
         known = self._latest
-        known.context, known.blocks = context, live_blocks(context)
+        known.context, known.blocks = context, live_blocks(context, self.settings.ignored_layers)
         known.similarity = block_similarity(
             context, known.blocks, batch_size=self.settings.batch_size, estimator=self.settings.estimator
         )

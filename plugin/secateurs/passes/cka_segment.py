@@ -22,7 +22,8 @@ import numpy as np
 from secateurs.blocks import Block
 from secateurs.errors import RecipeError
 from secateurs.passes.base import Context
-from secateurs.passes.depth import Choice, DepthPass, Ranking, Similarity, block_similarity
+from secateurs.passes.compared import Similarity, block_similarity
+from secateurs.passes.depth import Choice, DepthPass, Ranking
 from secateurs.passes.gradnorm import GradNormChoice
 from secateurs.passes.trials import Trials, greedy, held_out
 from secateurs.report import Skipped

@@ -1,4 +1,4 @@
-"""What all layer-pruning passes share: the blocks that are left, their similarity, the layers to refit, and removal until a budget is met.
+"""What all layer-pruning passes share: the layers to refit, and removal until a budget is met.
 
 A pass with a budget brings a `Choice`: which blocks go first. It is asked for more blocks until the budget is met, and passes that differ only
 in their budget share it (`aimed`), so that nothing is measured twice.
@@ -11,19 +11,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from secateurs.blocks import Block, find_blocks
+from secateurs.blocks import Block
 from secateurs.data import Dataset
 from secateurs.errors import RecipeError
 from secateurs.passes.base import Context, Pass, Proposal
+from secateurs.passes.compared import live_blocks
 from secateurs.plan import DropBlock, Plan, SetAttribute
-from secateurs.probe import Tap, execution_order, sweep
+from secateurs.probe import execution_order
 from secateurs.refit import refittable
 from secateurs.report import Skipped
 from secateurs.settings import DepthSettings
-from secateurs.similarity import CkaAccumulator, Estimator, pooled
 from secateurs.surgery import Bypass
 
 __all__ = [
@@ -31,12 +30,8 @@ __all__ = [
     "DepthPass",
     "Ranking",
     "Removal",
-    "Similarity",
-    "block_similarity",
-    "cka_matrix",
     "dropping",
     "layers_after",
-    "live_blocks",
     "renumbered",
     "within",
 ]
@@ -44,109 +39,6 @@ __all__ = [
 BUDGETS = ("blocks", "target_macs", "target_parameters")
 """The settings of which exactly one says how much goes."""
 _NUMBERS = ("layer_idx", "layer_id", "layer_number")
-
-
-# --- blocks and their similarity ---------------------------------------------------------------------------------------------------------
-
-
-def live_blocks(context: Context) -> list[Block]:
-    """Return the blocks of `context.model` that are not bypassed yet, in order of execution."""
-    return [
-        block
-        for block in find_blocks(context.model, context.example, context.describe_blocks)
-        if not isinstance(context.model.get_submodule(block.path), (nn.Identity, Bypass))
-    ]
-
-
-def cka_matrix(
-    model: nn.Module, names: list[str], data: Dataset, *, batch_size: int = 64, estimator: Estimator = "unbiased"
-) -> Tensor:
-    """Return the CKA of the outputs of some modules, all pairs, from one sweep over `data`.
-
-    An output of shape `(n, length, d)` whose positions are those of the attention mask, or of an integer input, is one row per sequence:
-    the mean over its tokens but the first (`secateurs.similarity.pooled`). All other outputs are flattened.
-
-    Args:
-        model: the network; it is not changed.
-        names: the modules, in order.
-        data: calibration examples; a last batch of fewer than 4 is left out.
-        batch_size: examples per Gram matrix.
-        estimator: see `secateurs.similarity`.
-
-    Returns:
-        Shape `(L, L)`, float64.
-
-    Raises:
-        DataError: a module is constant or not finite.
-    """
-    return _compared(model, names, data, batch_size, estimator).compute()
-
-
-def _compared(
-    model: nn.Module, names: list[str], data: Dataset, batch_size: int, estimator: Estimator
-) -> CkaAccumulator:
-    accumulator = CkaAccumulator(names, estimator)
-    masks: dict[tuple[int, ...], Tensor] = {}
-
-    def begin(batch: Dataset) -> None:
-        masks.clear()
-        masks.update(_masks(batch))
-
-    taps = {name: _pooling(accumulator.tap(name), masks) for name in names}
-    sweep(model, data, taps, batch_size=batch_size, before_batch=begin, after_batch=accumulator.end_batch)
-    return accumulator
-
-
-def _masks(batch: Dataset) -> dict[tuple[int, ...], Tensor]:
-    """Return which positions are tokens, by shape: of a mask, or else all of an integer input."""
-    masks = {} if batch.tokens is None else {tuple(batch.tokens.shape): torch.from_numpy(batch.tokens)}
-    for array in batch.inputs.values():
-        if array.ndim == 2 and array.dtype.kind in "iu":
-            masks.setdefault(tuple(array.shape), torch.ones(array.shape, dtype=torch.bool))
-    return masks
-
-
-def _pooling(tap: Tap, masks: Mapping[tuple[int, ...], Tensor]) -> Tap:
-    """Return a tap that gets one row per sequence where outputs are tokens by the masks of the batch."""
-
-    def pooled_tap(inputs: Tensor, outputs: Tensor) -> None:
-        tokens = masks.get(tuple(outputs.shape[:2])) if outputs.ndim == 3 else None
-        tap(inputs, outputs if tokens is None else pooled(outputs.detach(), tokens.to(outputs.device)))
-
-    return pooled_tap
-
-
-@dataclass(frozen=True)
-class Similarity:
-    """The CKA of blocks with each other.
-
-    Attributes:
-        blocks: those that can be compared, in order of execution.
-        cka: of their outputs, shape `(L, L)`, float64.
-        skipped: those whose outputs are the same for every example.
-    """
-
-    blocks: tuple[Block, ...]
-    cka: Tensor
-    skipped: tuple[Skipped, ...] = ()
-
-
-def block_similarity(
-    context: Context, blocks: Sequence[Block], *, batch_size: int = 64, estimator: Estimator = "unbiased"
-) -> Similarity:
-    """Compare the outputs of blocks on the calibration data; a block whose output is constant has no CKA and is left out."""
-    if not blocks:
-        return Similarity((), torch.zeros(0, 0, dtype=torch.float64))
-    names = [block.path for block in blocks]
-    found = _compared(context.model, names, context.calibration, batch_size, estimator)
-    constant = set(found.constant)
-    skipped = tuple(
-        Skipped(where=name, reason="its outputs are the same for every example, so that it has no CKA")
-        for name in names
-        if name in constant
-    )
-    kept = tuple(block for block in blocks if block.path not in constant)
-    return Similarity(kept, found.compute([block.path for block in kept]), skipped)
 
 
 # --- plans -------------------------------------------------------------------------------------------------------------------------------
@@ -390,7 +282,7 @@ class DepthPass(Pass):
     def _find_out(self, context: Context) -> _Known:
         known = self._known
         if not context.asks_as(known.context):
-            blocks = live_blocks(context)
+            blocks = live_blocks(context, self.settings.ignored_layers)
             known.context, known.blocks, known.choice = context, blocks, self.choice(context, blocks)
         return known
 

@@ -22,6 +22,7 @@ from secateurs.groups import Group, Limits, find_groups
 from secateurs.information import Order
 from secateurs.layers import is_matrix_layer, weight_dims, widths_of
 from secateurs.moments import unit_columns
+from secateurs.passes.base import ignoring
 from secateurs.readers import observe_readers
 from secateurs.refit import following_norms, refittable
 from secateurs.report import Skipped
@@ -114,6 +115,10 @@ def checked_groups(
 
 def _refusal(model: nn.Module, example: Dataset, group: Group, settings: NodeSettings) -> str | None:
     """Return why a group may not be pruned, or None."""
+    for member in group.members:
+        pattern = None if member.kind == "in" else ignoring(member.module, settings.ignored_layers)
+        if pattern is not None:
+            return f"`ignored_layers` names {pattern!r}, and {member.module!r} would lose outputs"
     reason = _disagreement(model, example, group)
     if reason is None and not settings.coupled and len(group.of("out")) > 1:
         return "coupled with other layers through additions, and `coupled` is off"
