@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import settings
@@ -50,6 +51,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return SAME.get(file, file) if file in TOGETHER else nodeid
 
     return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _own_environment():
+    """Undo what a test or a library changes in the environment: the programs that later tests start would inherit it."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture

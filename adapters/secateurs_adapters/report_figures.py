@@ -116,7 +116,7 @@ def _why_whole(options: Sequence[_Option]) -> str:
     )
 
 
-def _trial_point(trial: Trial) -> Point | None:
+def _trial_point(trial: Trial, cost: float) -> Point | None:
     if trial.validation is None:
         return None
     low = high = None
@@ -124,22 +124,23 @@ def _trial_point(trial: Trial) -> Point | None:
         top = trial.validation + trial.drop
         low, high = top - trial.drop_ci95[1], min(top - trial.drop_ci95[0], 1.0)
     kind = "chosen" if trial.chosen else "accepted" if trial.accepted else "rejected"
-    return Point(str(trial.number), trial.cost_ratio, trial.validation, kind, "; ".join(trial.reasons), low, high)
+    return Point(str(trial.number), cost, trial.validation, kind, "; ".join(trial.reasons), low, high)
 
 
 def _search_figure(report: Report) -> Figure | None:
-    """Draw every network that a search tried, beside the baseline."""
-    points = [point for point in map(_trial_point, report.trials) if point is not None]
+    """Draw every network that a search tried, beside the baseline: over predicted latency, or over the cost where one has none."""
+    cost, ratios = "predicted latency", [trial.latency_ratio for trial in report.trials]
+    if None in ratios:
+        cost, ratios = _cost_name(report.trials), [trial.cost_ratio for trial in report.trials]
+    drawn = [
+        _trial_point(trial, ratio) for trial, ratio in zip(report.trials, ratios, strict=True) if ratio is not None
+    ]
+    points = [point for point in drawn if point is not None]
     if not points:
         return None
     dense = next((details_of(record).validation_before for record in report.passes), None)
     if dense is not None:
         points.insert(0, Point("dense", 1.0, dense, "baseline"))
-    cost = "cost"
-    if all(trial.cost_ratio == trial.macs_ratio for trial in report.trials):
-        cost = "MACs"
-    elif all(trial.cost_ratio == trial.params_ratio for trial in report.trials):
-        cost = "parameters"
     metric = report.baseline.accuracy.metric if report.baseline.accuracy else "metric"
     return scatter(
         "Every network that was tried",
@@ -148,6 +149,12 @@ def _search_figure(report: Report) -> Figure | None:
         metric,
         points,
     )
+
+
+def _cost_name(trials: Sequence[Trial]) -> str:
+    if all(trial.cost_ratio == trial.macs_ratio for trial in trials):
+        return "MACs"
+    return "parameters" if all(trial.cost_ratio == trial.params_ratio for trial in trials) else "cost"
 
 
 def _files_figure(report: Report) -> Figure | None:

@@ -142,10 +142,10 @@ def render(report: Report, recipe: str | None = None) -> str:
         figures=list(figures_of_report(report)),
         passes=[_pass(record) for record in report.passes],
         trials=[
-            (*row, "; ".join(trial.reasons))
+            (*row, "" if trial.latency_ratio is None else f"{trial.latency_ratio:.3f}", "; ".join(trial.reasons))
             for trial, row in zip(report.trials, trial_rows(report.trials), strict=True)
         ],
-        trial_headings=(*TRIAL_HEADINGS, "why"),
+        trial_headings=(*TRIAL_HEADINGS, "latency, predicted", "why"),
         variants=variant_rows(report.variants),
         variant_headings=VARIANT_HEADINGS,
         recipe=recipe,

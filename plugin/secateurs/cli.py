@@ -187,6 +187,15 @@ def _run(
     return 0 if report.verdict == "pass" else 1
 
 
+_PREDICTED = (
+    ("parameters", "parameters", ",.0f", 1),
+    ("MACs", "macs", ",.0f", 1),
+    ("latency, predicted, ms", "latency", ".4g", 1),
+    ("peak memory, planned, MiB", "peak_memory", ".4g", 2**20),
+)
+"""Of a dry run: what is shown, the cost model that tells it, the figures' form and unit."""
+
+
 def _print_plan(pruned: Pruned, prepared: Any, as_json: bool) -> None:
     from secateurs import cost
 
@@ -202,9 +211,11 @@ def _print_plan(pruned: Pruned, prepared: Any, as_json: bool) -> None:
         elif edit.edit == "remove_units":
             _out.print(f"remove units  {escape(edit.root)}  [dim]{escape(edit.reason)}[/]")
     one = prepared.session.roles.calibration.take([0])
-    for name, count in (("parameters", cost.parameters), ("MACs", cost.macs)):
-        before, after = (cost.total(count(model, one)) for model in (prepared.session.baseline, outcome.model))
-        _out.print(f"{name}: {before:,} -> {after:,} ({after / max(before, 1):.3f})")
+    for what, model, form, scale in _PREDICTED:
+        if model in prepared.manager.registries.cost_models:
+            found = cost.change(prepared.session.cost_models(model), prepared.session.baseline, outcome.model, one)
+            figures = f"{found.before / scale:{form}} -> {found.after / scale:{form}} ({found.ratio:.3f})"
+            _out.print(escape(f"{what}: {found.reason or figures}"))
     for shortfall in outcome.shortfalls:
         _out.print(f"[yellow]{escape(shortfall)}[/]")
     if not outcome.plan.removes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateurs.data import Dataset
+from secateurs.errors import SecateursError
 from secateurs.forward import call, inference
 from secateurs.interfaces import CostModel, StructureCost, StructureCostModel
 from secateurs.settings import TargetSettings
@@ -25,7 +27,7 @@ from secateurs.settings import TargetSettings
 if TYPE_CHECKING:
     from secateurs.groups import Group
 
-__all__ = ["TargetedCost", "macs", "on_target", "parameters", "total", "weight_bytes"]
+__all__ = ["Change", "TargetedCost", "change", "macs", "on_target", "parameters", "total", "weight_bytes"]
 
 
 def macs(model: nn.Module, example: Dataset) -> Mapping[str, float]:
@@ -95,6 +97,35 @@ def weight_bytes(model: nn.Module) -> int:
     """Return the bytes of all parameters and buffers; shared tensors count once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+@dataclass(frozen=True)
+class Change:
+    """One cost of a network before and after, in the cost model's unit.
+
+    Attributes:
+        before: of the baseline.
+        after: of the candidate.
+        reason: why they cannot be told; both are then NaN.
+    """
+
+    before: float
+    after: float
+    reason: str | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Candidate / baseline; 1 where neither costs anything."""
+        return self.after / self.before if self.before else 1.0
+
+
+def change(model: CostModel, baseline: nn.Module, candidate: nn.Module, example: Dataset) -> Change:
+    """Return what a network costs before and after; what a target cannot tell is no error, and says why."""
+    try:
+        before, after = (sum(model(network, example).values()) for network in (baseline, candidate))
+    except SecateursError as error:
+        return Change(float("nan"), float("nan"), str(error))
+    return Change(before, after)
 
 
 class TargetedCost:

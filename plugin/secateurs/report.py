@@ -337,6 +337,7 @@ class Trial(_Form):
         cost_ratio: of the cost that is searched for.
         macs_ratio: of MACs.
         params_ratio: of parameters.
+        latency_ratio: of the latency on the first target, as its cost model predicts it; null where it predicts none.
         validation: the metric; null where it is not finite.
         drop: how much worse than the baseline.
         drop_ci95: exact interval of the paired drop, where the metric counts examples.
@@ -357,6 +358,7 @@ class Trial(_Form):
     cost_ratio: float
     macs_ratio: float
     params_ratio: float
+    latency_ratio: float | None = None
     validation: float | None = None
     drop: float | None = None
     drop_ci95: tuple[float, float] | None = None

@@ -158,7 +158,8 @@ def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent]
         progress=progress or (lambda _: None),
         seed=recipe.seed,
     )
-    search = prepare_search(session, passes, manager, recipe.budget, recipe.search)
+    latency = session.cost_models("latency") if "latency" in registries.cost_models else None
+    search = prepare_search(session, passes, manager, recipe.budget, recipe.search, latency)
     return Prepared(
         recipe, session, passes, roles.evaluation, metric, exporter, targets, manager, search, edge, quantiser
     )

@@ -17,8 +17,8 @@ from secateurs import cost, processes
 from secateurs.aims import Aims, Step, find_aims
 from secateurs.archive import Archive, leader, plan_name
 from secateurs.budget import Budget
-from secateurs.errors import DataError
-from secateurs.interfaces import ProgressEvent
+from secateurs.errors import DataError, SecateursError
+from secateurs.interfaces import CostModel, ProgressEvent
 from secateurs.judging import Judge
 from secateurs.manager import Manager
 from secateurs.passes.base import Pass
@@ -64,7 +64,12 @@ class Found:
 
 
 def prepare_search(
-    session: Session, passes: Sequence[Pass], manager: Manager, budget: Budget, settings: SearchSettings | None
+    session: Session,
+    passes: Sequence[Pass],
+    manager: Manager,
+    budget: Budget,
+    settings: SearchSettings | None,
+    latency: CostModel | None = None,
 ) -> Search | None:
     """Return the search that the passes need, with everything checked, or None where every pass has its target.
 
@@ -74,6 +79,7 @@ def prepare_search(
         manager: whose hooks are told of every pass.
         budget: `accuracy_drop`, and `accuracy_confidence` where the drop is judged by its exact interval.
         settings: of the search, if it is asked for; None takes the defaults where one is needed.
+        latency: predicts it, for the records of the trials; None leaves it out.
 
     Raises:
         RecipeError: a target is missing and there is no budget to search to, or the search cannot aim at what is asked.
@@ -89,7 +95,7 @@ def prepare_search(
             "the search decides on labelled validation data, and there are none; give calibration labels, or a `validation` role "
             "(in Python: `evaluate=`)."
         )
-    return Search(session, aims, manager, Judge(budget, session.evaluate, session.baseline), chosen)
+    return Search(session, aims, manager, Judge(budget, session.evaluate, session.baseline), chosen, latency)
 
 
 class Search:
@@ -101,11 +107,21 @@ class Search:
         manager: whose hooks are told of every pass.
         judge: of candidates.
         settings: of the search.
+        latency: predicts it, for the records of the trials; None leaves it out.
     """
 
-    def __init__(self, session: Session, aims: Aims, manager: Manager, judge: Judge, settings: SearchSettings) -> None:
+    def __init__(
+        self,
+        session: Session,
+        aims: Aims,
+        manager: Manager,
+        judge: Judge,
+        settings: SearchSettings,
+        latency: CostModel | None = None,
+    ) -> None:
         self.settings = settings
         self._session, self._aims, self._manager, self._judge = session, aims, manager, judge
+        self._latency, self._latency_before = latency, 0.0
         self._whole: list[float] | None = None
         self._chain: list[tuple[tuple[int, float | None], Outcome]] = []
 
@@ -178,6 +194,7 @@ class Search:
             cost_ratio=ratio,
             macs_ratio=macs,
             params_ratio=parameters,
+            latency_ratio=self._latency_ratio(outcome.model),
             validation=judged.value,
             drop=None if drop is None else drop.value,
             drop_ci95=None if drop is None else drop.ci95,
@@ -217,6 +234,19 @@ class Search:
         pairs = zip(self._costs(model), self._whole, strict=True)
         cost_ratio, macs, parameters = (after / before if before else 1.0 for after, before in pairs)
         return cost_ratio, macs, parameters
+
+    def _latency_ratio(self, model: nn.Module) -> float | None:
+        """Return candidate / baseline of the predicted latency; None from the first network on that it cannot be told of."""
+        if self._latency is None:
+            return None
+        example = self._session.context(model).example
+        try:
+            if not self._latency_before:
+                self._latency_before = sum(self._latency(self._session.baseline, example).values())
+            return sum(self._latency(model, example).values()) / self._latency_before
+        except SecateursError:  # the network may be right and only not exportable; the proof says so
+            self._latency = None
+            return None
 
     def _costs(self, model: nn.Module) -> list[float]:
         example = self._session.context(model).example

@@ -69,6 +69,7 @@ def trials(count: int) -> list[Trial]:
             cost_ratio=1 / (1 + n / 10),
             macs_ratio=1 / (1 + n / 10),
             params_ratio=0.5,
+            latency_ratio=1 / (1 + n / 20),
             validation=1 - n / 300,
             drop=n / 300,
             drop_ci95=(n / 300 - 0.01, n / 300 + 0.02),

@@ -7,6 +7,7 @@ from torch import nn
 
 from secateurs import cost
 from secateurs.data import Dataset
+from secateurs.errors import ExportError
 
 
 def inputs(*shape):
@@ -99,3 +100,16 @@ def test_weight_bytes_count_buffers_and_shared_tensors_once():
     norm = nn.BatchNorm2d(3)
     assert cost.weight_bytes(norm) == 4 * 4 * 3 + 8
     assert cost.weight_bytes(norm.half()) == 2 * 4 * 3 + 8
+
+
+def test_a_change_is_what_both_networks_cost_or_why_nobody_can_tell():
+    dense, pruned = nn.Linear(4, 8), nn.Linear(4, 2)
+    example = inputs(1, 4)
+    found = cost.change(cost.macs, dense, pruned, example)
+    assert (found.before, found.after, found.ratio, found.reason) == (32, 8, 0.25, None)
+
+    def untold(network, example):
+        raise ExportError("there is a loop in it")
+
+    assert cost.change(untold, dense, pruned, example).reason == "there is a loop in it"
+    assert cost.change(cost.macs, nn.Identity(), nn.Identity(), example).ratio == 1.0

@@ -12,7 +12,7 @@ from secateurs.aims import find_aims
 from secateurs.archive import leader
 from secateurs.budget import Budget
 from secateurs.data import Dataset, Roles
-from secateurs.errors import DataError, RecipeError, SecateursError
+from secateurs.errors import DataError, ExportError, RecipeError, SecateursError
 from secateurs.intervals import paired_difference_interval
 from secateurs.judging import Judge, Validation
 from secateurs.manager import create_manager
@@ -101,12 +101,13 @@ def find(session):
         folder=None,
         metric=Accuracy,
         progress=lambda _: None,
+        latency=None,
         **settings,
     ):
         passes = passes or [BlockInfluence(), Magnitude(refit="dense")]
         budget = Budget(accuracy_drop=drop, accuracy_confidence=confidence)
         how = SearchSettings(**{"resolution": 0.1, **settings})
-        return prepare_search(session(metric, progress), passes, MANAGER, budget, how).run(folder)
+        return prepare_search(session(metric, progress), passes, MANAGER, budget, how, latency).run(folder)
 
     return run
 
@@ -175,6 +176,32 @@ def test_the_cost_that_is_asked_for_is_made_small(find):
     trials = find([width()], drop=0.3, cost="parameters", trials=3).trials()
     assert all(trial.cost_ratio == trial.params_ratio for trial in trials)
     assert any(trial.params_ratio != trial.macs_ratio for trial in trials)
+
+
+def test_every_trial_says_what_latency_is_predicted(find, model):
+    asked = []
+
+    def latency(network, example):
+        asked.append(network)
+        return {"": 2.0 + sum(p.numel() for p in network.parameters())}
+
+    found = find([width()], drop=0.3, trials=3, latency=latency)
+    size = sum(p.numel() for p in model.parameters())
+    for trial in found.trials():
+        assert trial.latency_ratio == pytest.approx((2 + trial.params_ratio * size) / (2 + size))
+    assert [network is model for network in asked] == [True, False, False, False], "the dense network is asked of once"
+
+
+def test_a_latency_that_cannot_be_predicted_does_not_end_the_search(find):
+    asked = []
+
+    def latency(network, example):
+        asked.append(network)
+        raise ExportError("there is a loop in it")
+
+    trials = find([width()], drop=0.3, trials=3, latency=latency).trials()
+    assert [trial.latency_ratio for trial in trials] == [None] * 3
+    assert len(asked) == 1
 
 
 def test_confidence_finds_nothing_smaller(find):

@@ -49,6 +49,8 @@ def test_the_example_passes_with_the_cheapest_accepted_trial(found):
     assert report["ratios"]["macs"] == pytest.approx(chosen["macs_ratio"])
     assert report["ratios"]["params"] == pytest.approx(chosen["params_ratio"])
     assert chosen["macs_ratio"] < 0.25
+    assert 0 < chosen["latency_ratio"] < 0.8, "predicted, beside what the files take"
+    assert len({trial["latency_ratio"] for trial in trials}) > len(trials) // 2
     assert report["budget"][0]["name"] == "accuracy_drop"
 
 
@@ -81,6 +83,9 @@ def test_people_see_the_trials(found):
     for name in ("README.md", "report.html"):
         text = (folder / name).read_text()
         assert "chosen" in text
+    assert "against predicted latency" in (folder / "report.html").read_text()
+    for name in ("README.md", "report.html"):
+        text = (folder / name).read_text()
         assert f"{chosen['target']:.3f}" in text
 
 

@@ -89,6 +89,8 @@ def test_a_pipe_gets_neither_progress_nor_colours_and_a_dry_run_writes_nothing(t
     assert ended.stderr == ""
     assert "\x1b" not in ended.stdout
     assert "parameters: 186,042 ->" in ended.stdout
+    for name in ("latency, predicted, ms", "peak memory, planned, MiB"):
+        assert re.search(rf"^{name}: 0[.][0-9]+ -> 0[.][0-9]+ \([01][.][0-9]{{3}}\)$", ended.stdout, re.MULTILINE)
     assert not (tmp_path / "out").exists()
     assert sorted(ROOT.iterdir()) == before
 
