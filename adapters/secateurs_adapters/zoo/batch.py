@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from secateurs.files import refuse_links
 from secateurs.report import write_text
 from secateurs_adapters.zoo.keys import environment_digest, result_key
 from secateurs_adapters.zoo.leaderboard import Row, leaderboard_csv, leaderboard_json, rows
+from secateurs_adapters.zoo.page import leaderboard_page
 from secateurs_adapters.zoo.results import STATE, Job, Result
 from secateurs_adapters.zoo.spec import Entry
 
@@ -149,12 +149,9 @@ class Batch:
             self._write()
 
     def _write(self) -> None:
-        """Write the leaderboard in every form; the page needs jinja2."""
+        """Write the leaderboard in every form."""
         found = self.rows
         write_text(self.output / "leaderboard.csv", leaderboard_csv(found))
         write_text(self.output / "leaderboard.json", leaderboard_json(found, self.results))
-        with contextlib.suppress(ImportError):
-            from secateurs_adapters.zoo.page import leaderboard_page
-
-            write_text(self.output / "leaderboard.html", leaderboard_page(found))
+        write_text(self.output / "leaderboard.html", leaderboard_page(found))
         self._written = time.monotonic()

@@ -56,7 +56,7 @@ def zoo(
         from secateurs_adapters.zoo.executors import available_cores
     except ImportError as error:
         raise PluginError(
-            f"`secateurs zoo` needs {error.name}, which is not installed; pip install 'secateurs[onnx,report]'."
+            f"`secateurs zoo` needs {error.name}, which is not installed; pip install 'secateurs[onnx]'."
         ) from None
     from secateurs_adapters.zoo.table import live_table
 

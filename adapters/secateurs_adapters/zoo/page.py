@@ -37,11 +37,7 @@ _SCRIPT = "leaderboard.js"
 
 
 def leaderboard_page(found: Sequence[Row]) -> str:
-    """Return the rows as an HTML page; everything in them is escaped.
-
-    Raises:
-        ImportError: jinja2 is not installed.
-    """
+    """Return the rows as an HTML page; everything in them is escaped."""
     import jinja2
     from markupsafe import Markup
 
