@@ -152,6 +152,22 @@ def test_the_terminal_shows_every_finished_model(table):
         assert name in shown
 
 
+def test_the_live_table_says_how_long_the_rest_takes(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("secateurs_adapters.zoo.table.time.monotonic", lambda: now[0])
+    jobs = [one.model_copy(update={"output": tmp_path}) for one in JOBS]
+    results = {jobs[0].key: RESULTS[jobs[0].key]}  # of a run before: no measure of the pace
+    live = LiveTable(jobs, results)
+    jobs[1].stage_path.parent.mkdir(parents=True)
+    jobs[1].stage_path.write_text("pruning")
+    assert "left" not in live.__rich__().title
+    now[0] += 40
+    results[jobs[1].key] = RESULTS[jobs[1].key]
+    assert live.__rich__().title.endswith("; about 1:20 left"), "two models, 40 seconds each"
+    results |= {one.key: RESULTS[jobs[0].key] for one in jobs}
+    assert "left" not in live.__rich__().title
+
+
 def test_a_result_is_settled_until_the_limit_that_it_broke_changes(tmp_path):
     one = JOBS[0].model_copy(update={"output": tmp_path})
     assert not one.settled()

@@ -58,7 +58,7 @@ class LiveTable:
         self._seen: dict[str, float] = {}
 
     def __rich__(self) -> Table:
-        table = Table(title=_summary(rows(self._jobs, self._results)), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for heading in ("model", "status", "s", "reason"):
             table.add_column(heading, overflow="ellipsis", no_wrap=True)
         finished = [self._results[job.key] for job in self._jobs if job.key in self._results]
@@ -70,7 +70,17 @@ class LiveTable:
             if stage and stage != "done":
                 began = self._seen.setdefault(job.key, time.monotonic())
                 table.add_row(escape(job.name), f"[cyan]{escape(stage)}[/]", f"{time.monotonic() - began:.0f}", "")
+        table.title = _summary(rows(self._jobs, self._results)) + self._left()
         return table
+
+    def _left(self) -> str:
+        """Say how long the models take that are left, at the pace of those that ended since this table is shown."""
+        ended = sum(key in self._results for key in self._seen)
+        left = sum(job.key not in self._results for job in self._jobs)
+        if not ended or not left:
+            return ""
+        minutes, seconds = divmod(round((time.monotonic() - min(self._seen.values())) / ended * left), 60)
+        return f"; about {minutes}:{seconds:02} left"
 
 
 @contextmanager
