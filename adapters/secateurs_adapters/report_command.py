@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["read_report", "report"]
 
-_LARGEST = 64 * 2**20
-"""Bytes of a `report.json` that is read."""
-
 
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The output folder of `secateurs run`.")],
@@ -40,22 +37,11 @@ def read_report(folder: Path) -> Report:
     """Read `report.json` of a folder.
 
     Raises:
-        DataError: it is missing, no plain file, larger than 64 MiB, or no report.
+        UserError: it is missing, no plain file, larger than 64 MiB, or no report.
     """
-    from pydantic import ValidationError
-
     from secateurs.report import Report
 
     path = folder / "report.json"
     if path.is_symlink() or not path.is_file():
         raise DataError(f"{str(folder)!r} holds no `report.json`; give the output folder of `secateurs run`.")
-    if (size := path.stat().st_size) > _LARGEST:
-        raise DataError(f"{str(path)!r} has {size:,} bytes; a report has at most {_LARGEST:,}.")
-    try:
-        return Report.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise DataError(
-            f"{str(path)!r} is no report of this version of Secateurs ({where}: {first['msg']}); run the recipe again."
-        ) from None
+    return Report.load(path)

@@ -85,7 +85,7 @@ def _tiles(report: Report) -> Iterator[_Tile]:
         ("parameters", ratios.params, before.params, after.params),
         ("MACs", ratios.macs, before.macs, after.macs),
     ):
-        if share is not None:
+        if share is not None and one is not None and other is not None:
             yield _Tile(name, f"{_TIMES} {share:.2f}", f"{one:,} → {other:,}")
     if ratios.artifact_bytes is not None and before.artifact_bytes and after.artifact_bytes:
         sizes = f"{before.artifact_bytes / _MIB:.3g} → {after.artifact_bytes / _MIB:.3g} MiB"

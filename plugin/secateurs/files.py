@@ -49,6 +49,8 @@ def read_file(path: Path, kind: str, error: type[UserError] = UserError, *, limi
 def plain_json(content: str | bytes, what: str, error: type[UserError] = UserError) -> Any:
     """Read JSON as the standard has it: no NaN, no infinity, no key twice in one object, no nesting without end.
 
+    Integers have at most 64 bits.
+
     Args:
         content: text, or UTF-8.
         what: how messages begin.
@@ -62,7 +64,7 @@ def plain_json(content: str | bytes, what: str, error: type[UserError] = UserErr
     """
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
-        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_int=_integer)
     except RecursionError:
         raise error(f"{what} is not JSON that is read here: it is nested too deeply.") from None
     except ValueError as cause:
@@ -112,6 +114,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("a key comes twice in one object")
     return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= (value := int(digits)) < 2**64:
+        raise ValueError(f"{digits[:20]}... is an integer of more than 64 bits")
+    return value
 
 
 def _no_number(name: str) -> None:

@@ -100,7 +100,11 @@ def _set_attribute(model: nn.Module, edit: SetAttribute) -> None:
     for part in path:
         owner = getattr(owner, part, None)
     private = any(part.startswith("_") for part in (*path, name))
-    if private or not hasattr(owner, name) or isinstance(value := getattr(owner, name), Tensor) or callable(value):
+    value = getattr(owner, name, None)
+    held = isinstance(owner, nn.Module) and any(
+        name in kind for kind in (owner._parameters, owner._buffers, owner._modules)
+    )
+    if private or held or not hasattr(owner, name) or isinstance(value, Tensor) or callable(value):
         raise PlanError(f"module {edit.module!r} has no plain attribute {edit.name!r}.")
     setattr(owner, name, edit.value)
 

@@ -197,6 +197,7 @@ REFUSED = {
     "a bias without a weight": (Plan(edits=(AddBias(module="1"),)), "cannot take a bias"),
     "unknown attribute": (attribute("depth"), "no plain attribute 'depth'"),
     "a parameter": (attribute("weight"), "no plain attribute 'weight'"),
+    "a parameter that is not there": (attribute("bias"), "no plain attribute 'bias'"),
     "a module": (attribute("0", module=""), "no plain attribute '0'"),
     "a method": (attribute("forward"), "no plain attribute 'forward'"),
     "a private attribute": (attribute("_parameters"), "no plain attribute"),

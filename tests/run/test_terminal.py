@@ -126,7 +126,7 @@ def test_report_draws_the_page_again(quickstart, secateurs, tmp_path):
     ("content", "part"),
     [
         (None, "holds no `report.json`"),
-        ("{", "is no report of this version"),
+        ("{", "does not have its form"),
         ('{"verdict": "maybe"}', "verdict: Input should be 'pass', 'fail' or 'undecided'"),
     ],
 )

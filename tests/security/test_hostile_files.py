@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 import zipfile
@@ -44,6 +45,25 @@ def test_json_that_means_two_things_or_has_no_end_is_refused(text):
         plain_json(text.encode("utf-8", "surrogatepass"), "it")
     with pytest.raises(UserError):
         parse_form(text.encode("utf-8", "surrogatepass"), Form, "it")
+
+
+@pytest.mark.parametrize(
+    ("number", "fits"), [(2**64 - 1, True), (-(2**63), True), (2**64, False), (-(2**63) - 1, False)]
+)
+def test_integers_have_64_bits(number, fits):
+    if fits:
+        assert plain_json(f"[{number}]", "it") == [number]
+    else:
+        with pytest.raises(UserError, match="more than 64 bits"):
+            plain_json(f"[{number}]", "it")
+
+
+def test_a_report_of_which_parts_are_missing_is_drawn():
+    document = json.loads(good_report().to_json())
+    del document["candidate"]
+    report = Report.model_validate(document)
+    assert report.ratios.params is not None
+    assert "</html>" in render(report)
 
 
 def test_a_plan_with_a_key_twice_or_a_huge_tuple_is_refused():
