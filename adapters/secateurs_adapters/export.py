@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateurs.errors import DataError, ExportError
+from secateurs.errors import DataError, ExportError, first_line
 from secateurs.forward import tensors
 from secateurs_adapters.artifact import placed, read_artifact, write_sidecar
 from secateurs_adapters.export_settings import DynamoSettings
@@ -239,7 +239,7 @@ def _detached(model: nn.Module) -> nn.Module:
         network = copy.deepcopy(model, memo).cpu().eval()
     except Exception as error:
         raise ExportError(
-            f"the network cannot be copied ({type(error).__name__}: {_first_line(error)}); remove what copy.deepcopy "
+            f"the network cannot be copied ({type(error).__name__}: {first_line(error)}); remove what copy.deepcopy "
             "refuses."
         ) from error
     return network.float() if torch.bfloat16 in _precisions(network) else network
@@ -310,12 +310,13 @@ def explained(error: Exception, remedy: str = "Change `forward` so that `torch.e
         )
     if "static shape" in text or "specialized" in text or "Constraints violated" in text:
         return (
-            f"the network fixes its batch size or length: {_first_line(root, 'inferred')} Look for a size that `forward` "
+            f"the network fixes its batch size or length: {_inferred(root)} Look for a size that `forward` "
             "hard-codes, for example in `view(2, ...)`, and take it from `x.shape` instead."
         )
-    return f"torch cannot export the network ({type(root).__name__}: {_first_line(root)}). {remedy}"
+    return f"torch cannot export the network ({type(root).__name__}: {first_line(root)[:300]}). {remedy}"
 
 
-def _first_line(error: BaseException, containing: str = "") -> str:
-    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip() and containing in line]
+def _inferred(error: BaseException) -> str:
+    """Return the first line that says which size torch found to be fixed."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if "inferred" in line]
     return (lines or [type(error).__name__])[0][:300]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from secateurs.errors import DataError, ExportError
+from secateurs.errors import DataError, ExportError, first_line
 from secateurs_adapters.artifact import placed, write_sidecar
 from secateurs_adapters.export import quiet
 from secateurs_adapters.parity import TOLERANCE, resample
@@ -141,9 +141,8 @@ def _ort(path: Path) -> list[Path]:
         with quiet():
             convert_onnx_models_to_ort(path, path.parent, [OptimizationStyle.Fixed])
     except Exception as error:  # onnxruntime's exceptions have no common base class
-        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ExportError(
-            f"{path.name!r} cannot be written in onnxruntime's format: {said}. Leave out `export.edge.ort`."
+            f"{path.name!r} cannot be written in onnxruntime's format: {first_line(error)}. Leave out `export.edge.ort`."
         ) from None
     return [path.with_suffix(".ort"), path.with_suffix(".required_operators.config")]
 

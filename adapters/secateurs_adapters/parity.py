@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateurs.errors import DataError, ExportError
+from secateurs.errors import DataError, ExportError, last_line
 from secateurs.forward import call, inference
 from secateurs.report import Parity
 from secateurs_adapters.session import Session
@@ -132,9 +132,8 @@ def network_outputs(model: nn.Module, batch: Dataset, names: Sequence[str] | Non
         with inference(model):
             outputs = call(model, batch)
     except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise ExportError(
-            f"the network itself fails at batch size {len(batch)} ({type(error).__name__}: {line}). If the example has "
+            f"the network itself fails at batch size {len(batch)} ({type(error).__name__}: {last_line(error)}). If the example has "
             "the shapes and types that `forward` takes, look for a batch size that it hard-codes, and take it from "
             "`x.shape` instead."
         ) from error

@@ -20,7 +20,7 @@ import onnxruntime
 from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from secateurs.errors import DataError, ExportError
+from secateurs.errors import DataError, ExportError, first_line
 from secateurs_adapters.artifact import placed, write_sidecar
 from secateurs_adapters.export import CHECKED_BATCHES, SINGLE_FILE_BYTES, quiet
 from secateurs_adapters.parity import resample
@@ -128,7 +128,7 @@ def _converted(
                 _prepare(artifact, source)
                 quantise(source, written)
         except Exception as error:  # onnxruntime's exceptions have no common base class
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            said = first_line(error)[:300]
             raise ExportError(
                 f"{artifact.path.name!r} cannot be quantised ({type(error).__name__}: {said}). Exclude the nodes in question with "
                 "`quantise.exclude`, give `quantise.operators`, or use the other `quantise.mode`."

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from secateurs.errors import DataError, ProviderError, unknown_name
+from secateurs.errors import DataError, ProviderError, last_line, unknown_name
 from secateurs_adapters.one_node import ONE_NODE
 from secateurs_adapters.signature import Signature, TensorSpec, cast, seeded_arrays
 
@@ -181,7 +181,7 @@ class Session:
         except Exception as error:  # onnxruntime's exceptions have no common base class
             kind = DataError if self.options.provider == CPU else ProviderError
             raise kind(
-                f"onnxruntime cannot load {str(path)!r} on {self.options.provider}: {_last_line(error)}"
+                f"onnxruntime cannot load {str(path)!r} on {self.options.provider}: {last_line(error)}"
             ) from None
         if self.options.provider not in self._session.get_providers():
             raise ProviderError(
@@ -224,7 +224,7 @@ class Session:
             values = self._session.run(None, dict(feeds))
         except Exception as error:  # onnxruntime's exceptions have no common base class
             shapes = {name: tuple(array.shape) for name, array in feeds.items()}
-            raise DataError(f"{self.path.name!r} fails on inputs of shape {shapes}: {_last_line(error)}") from None
+            raise DataError(f"{self.path.name!r} fails on inputs of shape {shapes}: {last_line(error)}") from None
         return dict(zip(self.outputs, values, strict=True))
 
     def bind(self, feeds: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
@@ -378,7 +378,3 @@ def _spec(value: Any, path: Path, kind: str = "input") -> TensorSpec:
             f"{kind} type."
         )
     return TensorSpec(str(value.name), np.dtype(_DTYPES[value.type]), tuple(value.shape))
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.data import Dataset
-from secateurs.forward import call, frozen_randomness, inference, output_tensors
+from secateurs.errors import first_line
+from secateurs.forward import DOES_NOT_RUN, call, frozen_randomness, inference, output_tensors
 from secateurs.layers import CONVOLUTIONS, NORMS, is_matrix_layer
 from secateurs.plan import DropBlock
 from secateurs.probe import first_tensor
@@ -171,7 +172,7 @@ def _has_residual_path(block: nn.Module, record: _Call) -> bool:
         try:
             plain = first_tensor(record.again(block, record.inputs))
             moved = first_tensor(record.again(block, record.inputs + torch.rand_like(record.inputs)))
-        except (RuntimeError, TypeError, ValueError, AttributeError):
+        except DOES_NOT_RUN:
             return False  # it needs values that silencing took away
     return plain is not None and moved is not None and not torch.equal(plain, moved)
 
@@ -201,8 +202,8 @@ def _checked(model: nn.Module, example: Dataset, block: Block) -> Block:
     try:
         with inference(model), masked(model, {}, (block.path, *block.also)):
             outputs = output_tensors(call(model, example))
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        return Block(block.path, False, f"the network does not run without it: {str(error).splitlines()[0]}")
+    except DOES_NOT_RUN as error:
+        return Block(block.path, False, f"the network does not run without it: {first_line(error)}")
     if not all(bool(value.isfinite().all()) for value in outputs):
         return Block(block.path, False, "the network returns NaN or infinite values without it")
     return block

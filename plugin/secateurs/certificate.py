@@ -17,23 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.data import Dataset
-from secateurs.errors import CertificateError, PlanError
-from secateurs.forward import call, inference, output_tensors
+from secateurs.errors import CertificateError, PlanError, first_line
+from secateurs.forward import DOES_NOT_RUN, call, inference, output_tensors
 from secateurs.layers import mixes, weight_dims
 from secateurs.plan import DropBlock, Edit, Plan, RemoveUnits, SetAttribute
 from secateurs.readers import masked, observe_readers
 from secateurs.report import Certificate, Skipped
 from secateurs.surgery import applied
 
-__all__ = ["DOES_NOT_RUN", "Certified", "certify", "certify_network", "keep_certified", "masks_of"]
+__all__ = ["Certified", "certify", "certify_network", "keep_certified", "masks_of"]
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest difference, as a share of the output scale, by the dtype of the output."""
 BATCH_SIZES = (2, 5)
 SHORTEST_SEQUENCE = 4
 """Sequences of at least this length are compared at half of it too."""
-DOES_NOT_RUN = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
-"""What a network raises whose shapes do not fit."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def certify(original: nn.Module, plan: Plan, data: Dataset, *, batch_sizes: Sequ
     except PlanError as error:
         raise CertificateError(str(error)) from error
     except DOES_NOT_RUN as error:
-        raise CertificateError(f"the plan cannot be applied: {str(error).splitlines()[0]}") from error
+        raise CertificateError(f"the plan cannot be applied: {first_line(error)}") from error
     return certify_network(original, pruned, plan, data, batch_sizes=batch_sizes)
 
 
@@ -139,7 +137,7 @@ def certify_network(
     try:
         masks = masks_of(original, plan, data.take(range(min(len(data), max(batch_sizes)))))
     except DOES_NOT_RUN as error:
-        raise CertificateError(f"the masked original does not run: {str(error).splitlines()[0]}") from error
+        raise CertificateError(f"the masked original does not run: {first_line(error)}") from error
     largest, scale, tolerance = 0.0, 0.0, TOLERANCE[torch.float64]
     sizes = sorted({min(size, len(data)) for size in batch_sizes})
     for batch, shorter in _batches(data, sizes):
@@ -195,7 +193,7 @@ def _run(model: nn.Module, batch: Dataset, what: str) -> list[Tensor]:
     try:
         return output_tensors(call(model, batch))
     except DOES_NOT_RUN as error:
-        raise CertificateError(f"the {what} does not run: {str(error).splitlines()[0]}") from error
+        raise CertificateError(f"the {what} does not run: {first_line(error)}") from error
 
 
 def _refuse_constant(outputs: Sequence[Tensor]) -> None:

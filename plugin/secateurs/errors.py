@@ -23,6 +23,8 @@ __all__ = [
     "RecipeError",
     "SecateursError",
     "UserError",
+    "first_line",
+    "last_line",
     "printable",
     "shown",
     "unknown_name",
@@ -109,6 +111,24 @@ def shown(value: object, limit: int = 200) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits, data nested without end
         text = f"a {type(value).__name__}"
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of an error's message; the name of its class where it has none.
+
+    >>> first_line(ValueError("wrong\nmore on it")), first_line(AssertionError())
+    ('wrong', 'AssertionError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def last_line(error: BaseException) -> str:
+    r"""Return the last line of an error's message; the name of its class where it has none.
+
+    >>> last_line(ValueError("more on it\nwrong")), last_line(AssertionError())
+    ('wrong', 'AssertionError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def printable(text: str) -> str:

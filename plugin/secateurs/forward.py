@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateurs.data import Dataset, Roles
 
 __all__ = [
+    "DOES_NOT_RUN",
     "call",
     "examples_per_pass",
     "frozen_randomness",
@@ -28,6 +29,8 @@ __all__ = [
     "trimming",
 ]
 
+DOES_NOT_RUN = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
+"""What a network raises that cannot run as it was changed: shapes that do not fit, a value that is gone, its own checks."""
 LIKE_LENGTHS = 32
 """Examples per forward pass, at the most, where batches are trimmed."""
 PADDING_TOLERANCE = 1e-4
@@ -130,7 +133,7 @@ def ignores_padding(model: nn.Module, data: Dataset) -> bool:
         whole = logits(call(model, few))
         try:
             cut = logits(call(model, short))
-        except (RuntimeError, ValueError, IndexError, TypeError):  # a network of fixed length
+        except DOES_NOT_RUN:  # a network of fixed length
             return False
     return cut.shape == whole.shape and float((cut - whole).abs().max()) <= PADDING_TOLERANCE * float(whole.abs().max())
 

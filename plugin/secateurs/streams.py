@@ -18,10 +18,10 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from secateurs.certificate import DOES_NOT_RUN, certify
+from secateurs.certificate import certify
 from secateurs.data import Dataset
 from secateurs.errors import CertificateError, PlanError
-from secateurs.forward import call, inference
+from secateurs.forward import DOES_NOT_RUN, call, inference
 from secateurs.groups import Group, Member, WidthAttribute, plan_removal
 from secateurs.layers import Kind, widths_of
 from secateurs.plan import Plan

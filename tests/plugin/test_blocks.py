@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from secateurs.blocks import Block, find_blocks
 from secateurs.certificate import certify
 from secateurs.data import Dataset
+from secateurs.errors import CertificateError
 from secateurs.plan import DropBlock, Plan
 from secateurs.surgery import applied
 
@@ -156,6 +157,70 @@ def test_described_blocks_replace_the_search_and_are_checked():
     assert blocks[0].reason.startswith("the network does not run without it")
     assert blocks[1].removable
     assert blocks[2] == described[2]
+
+
+class Demanding(nn.Module):
+    """Its steps return what they added, which the network asks for in its own way."""
+
+    def __init__(self, demand):
+        super().__init__()
+        self.steps = nn.ModuleList([Telling(), Telling()])
+        self.head = nn.Linear(12, 5)
+        self.demand = demand
+
+    def forward(self, x):
+        for step in self.steps:
+            x, added = step(x)
+            if added is None:
+                self.demand()
+        return self.head(x)
+
+
+class Telling(Step):
+    """A step that also returns what it added."""
+
+    def forward(self, x):
+        added = F.relu(self.inner(x))
+        return x + added, added
+
+
+def _assert():
+    raise AssertionError  # what `assert` raises; pytest would give one of its own a message
+
+
+def _raise():
+    raise ValueError
+
+
+def _look_up():
+    return {}["added"]
+
+
+@pytest.mark.parametrize(
+    ("demand", "said"),
+    [(_assert, "AssertionError"), (_raise, "ValueError"), (_look_up, "'added'")],
+    ids=["assert", "no message", "KeyError"],
+)
+def test_a_network_that_checks_its_blocks_itself_keeps_them(demand, said):
+    model, data = Demanding(demand).eval(), vectors(8)
+    blocks = find_blocks(model, data)
+    assert [block.path for block in blocks] == ["steps.0", "steps.1"]
+    assert not any(block.removable for block in blocks)
+    assert all(block.reason.startswith("the network does not run without it: ") for block in blocks)
+    assert all(said in block.reason for block in blocks)
+    with pytest.raises(CertificateError, match=f"the masked original does not run: .*{said}"):
+        certify(model, Plan(edits=(DropBlock(path="steps.0", elements=2),)), data)
+
+
+def test_a_block_that_checks_its_layers_itself_has_no_residual_path():
+    class Checked(Step):
+        def forward(self, x):
+            added = self.inner(x)
+            assert bool(added.any())
+            return x + added
+
+    model = nn.Sequential(Checked(), Step())
+    assert [block.path for block in find_blocks(model.eval(), vectors(4))] == ["1"]
 
 
 def test_a_description_of_none_leaves_it_to_the_search():

@@ -143,6 +143,15 @@ def test_only_networks_that_ignore_padding_are_given_less(options, expected):
     assert ignores_padding(Classifier(16, **options), texts([3, 5, 9, 12, 4], 16)) is expected
 
 
+def test_a_network_that_asserts_its_length_is_not_trimmed():
+    class Asserting(Classifier):
+        def forward(self, input_ids, attention_mask):
+            assert input_ids.shape[1] == len(self.position)
+            return super().forward(input_ids, attention_mask)
+
+    assert not ignores_padding(Asserting(16), texts([3, 5, 9, 12, 4], 16))
+
+
 def test_there_is_nothing_to_trim_where_no_text_is_short_or_masked():
     model, data = Classifier(6), texts([6, 6, 6], 6)
     assert not ignores_padding(model, data)

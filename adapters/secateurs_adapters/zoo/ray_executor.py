@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from secateurs.errors import PluginError, UserError
+from secateurs.errors import PluginError, UserError, first_line
 from secateurs_adapters.zoo.executors import INTERVAL, Tick
 from secateurs_adapters.zoo.keys import environment_digest
 from secateurs_adapters.zoo.launch import Launcher, launcher
@@ -80,9 +80,8 @@ def _connect(address: str, workers: int) -> Any:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"no Ray cluster answers at {address!r}: {said} Give the address of a running one, or `--ray local`."
+            f"no Ray cluster answers at {address!r}: {first_line(error)} Give the address of a running one, or `--ray local`."
         ) from None
     return ray
 
@@ -111,8 +110,9 @@ def _result(ray: Any, reference: Any, job: Job) -> Result:
         cause = getattr(error, "cause", error)
         return job.ended("error", [f"it could not be started: {cause}"], kind=type(cause).__name__)
     except ray.exceptions.RayError as error:
-        said = (str(error).splitlines() or [""])[0]
-        return job.ended("crashed", [f"Ray lost the task that watched over it: {said}"], kind=type(error).__name__)
+        return job.ended(
+            "crashed", [f"Ray lost the task that watched over it: {first_line(error)}"], kind=type(error).__name__
+        )
     if job.result() is None:
         job.keep(result)
     return result
