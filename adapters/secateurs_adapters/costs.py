@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LatencyCost", "PeakMemoryCost", "latency", "peak_memory"]
 
-_NARROWED: weakref.WeakKeyDictionary[nn.Module, NarrowedExport] = weakref.WeakKeyDictionary()
-"""Exports of the networks that are still in use: both cost models ask for the same."""
+_NARROWED: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, NarrowedExport]] = weakref.WeakKeyDictionary()
+"""Exports of the networks that are still in use, with what they were made of: both cost models ask for the same."""
 
 
 class _Predicted:
@@ -72,9 +72,8 @@ class _TargetCost:
     ) -> _Predicted:
         """Return the cost of a network at any widths on a target; see `StructureCostModel`."""
         check_provider(target.provider)
-        if model not in _NARROWED or _NARROWED[model].roots != {group.root for group in groups}:
-            _NARROWED[model] = NarrowedExport(model, example, groups)
-        return _Predicted(_NARROWED[model], lambda exported: self._of_file(exported, example, target), self.additive)
+        narrowed = _narrowed(model, example, groups)
+        return _Predicted(narrowed, lambda exported: self._of_file(exported, example, target), self.additive)
 
     def _of_file(self, exported: Any, example: Dataset, target: TargetSettings) -> float:
         options = SessionOptions(
@@ -90,6 +89,26 @@ class _TargetCost:
 
     def _cost(self, running: Any, shapes: Mapping[str, tuple[int, ...]], table: KernelTable) -> float:
         raise NotImplementedError
+
+
+def _narrowed(model: nn.Module, example: Dataset, groups: Sequence[Group]) -> NarrowedExport:
+    """Return the export of a network, the one of the call before where that was for the same shapes and groups."""
+    made_of = (
+        example.keyword,
+        tuple((name, array.dtype.str, array.shape[1:]) for name, array in example.inputs.items()),
+        frozenset(_content(group) for group in groups),
+    )
+    if model not in _NARROWED or _NARROWED[model][0] != made_of:
+        _NARROWED[model] = made_of, NarrowedExport(model, example, groups)
+    return _NARROWED[model][1]
+
+
+def _content(group: Group) -> Hashable:
+    """Return all that a group says, for comparison: its indices are arrays, which have no truth value."""
+    members = tuple(
+        (member.module, member.kind, member.index.shape, member.index.tobytes()) for member in group.members
+    )
+    return group.root, group.units, members, group.attributes, group.slots
 
 
 class PeakMemoryCost(_TargetCost):

@@ -58,7 +58,7 @@ class NarrowedExport:
     """The exported files of all widths of a network.
 
     Args:
-        model: the network; it is not changed.
+        model: the network; it is not changed, and not kept.
         example: inputs for the export.
         groups: whose widths vary; of groups that share a layer, each at most once.
 
@@ -67,22 +67,16 @@ class NarrowedExport:
     """
 
     def __init__(self, model: nn.Module, example: Dataset, groups: Sequence[Group]) -> None:
-        self._model, self._example = model, example
         self._groups = {group.root: group for group in groups}
         self._dense = exported_model(model, example)
         self._sizes: dict[str, list[Share]] = _shares_by_name(model, groups, self._dense)
         self._numbers: dict[str, Share] = {}
-        if groups and not self._learn():
+        if groups and not self._learn(model, example):
             raise ExportError(
                 "what the exported file looks like at other widths cannot be told from two narrower exports of this network, so that its "
                 "latency and peak memory cannot be predicted; give `target_macs` or `target_parameters` and gate the measured figures by "
                 "`budget`."
             )
-
-    @property
-    def roots(self) -> set[str]:
-        """The groups whose widths vary."""
-        return set(self._groups)
 
     def at(self, keep: Mapping[str, int]) -> Any:
         """Return the file, an `onnx.ModelProto`, when `keep[root]` units of each group stay; absent groups keep all."""
@@ -101,21 +95,21 @@ class NarrowedExport:
                 write(value - _lost(self._numbers[name], gone))
         return model
 
-    def _pruned(self, keep: Mapping[str, int]) -> nn.Module:
+    def _pruned(self, model: nn.Module, keep: Mapping[str, int]) -> nn.Module:
         plan = Plan()
         for root, group in self._groups.items():
             gone = group.units - keep.get(root, group.units)
             if gone:
-                plan += plan_removal(self._model, group, range(gone), "its cost is asked for", plan)
-        return applied(self._model, plan)
+                plan += plan_removal(model, group, range(gone), "its cost is asked for", plan)
+        return applied(model, plan)
 
     def _gone(self, keep: Mapping[str, int]) -> dict[str, int]:
         return {root: group.units - keep.get(root, group.units) for root, group in self._groups.items()}
 
-    def _learn(self) -> bool:
+    def _learn(self, model: nn.Module, example: Dataset) -> bool:
         """Find out what depends on which width from two networks with different numbers of units gone; return whether that explains them."""
         widths = [_probe(list(self._groups.values()), turn) for turn in (0, 1)]
-        files = [exported_model(self._pruned(keep), self._example) for keep in widths]
+        files = [exported_model(self._pruned(model, keep), example) for keep in widths]
         return self._explain_numbers([self._gone(keep) for keep in widths], files) and all(
             _same_form(self.at(keep), file) for keep, file in zip(widths, files, strict=True)
         )

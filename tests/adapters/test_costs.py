@@ -1,5 +1,8 @@
 """Predicted peak memory and latency against what is built, exported and profiled; widths that providers like."""
 
+import gc
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +115,55 @@ def test_latency_is_predicted_by_kernels_that_are_timed_once(case):
     assert latency.total(model, images(), TARGET) == full
     assert cost.additive
     assert not peak_memory.structure(model, images(), groups, TARGET).additive
+
+
+class Tokens(nn.Module):
+    """One hidden layer per token, at any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden, self.head = nn.Embedding(20, 16), nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, ids):
+        return self.head(F.relu(self.hidden(self.embed(ids))).mean(1))
+
+
+def ids(length):
+    return Dataset({"ids": np.random.default_rng(0).integers(0, 20, (4, length))})
+
+
+def tokens():
+    """Return a network with the group of its hidden layer."""
+    torch.manual_seed(0)
+    model = Tokens().eval()
+    groups, _ = checked_groups(model, ids(8), NodeSettings())
+    return model, [group for group in groups if group.root == "hidden"]
+
+
+def test_other_examples_of_the_same_network_are_predicted_anew():
+    model, groups = tokens()
+    peaks = [peak_memory.structure(model, ids(length), groups, TARGET)({}) for length in (8, 64)]
+    assert peaks == [peak_memory.total(model, ids(length), TARGET) for length in (8, 64)]
+    assert peaks[0] < peaks[1]
+
+
+def test_other_groups_of_the_same_name_are_predicted_anew():
+    model, groups = tokens()
+    (single,) = groups
+    members = [replace(member, index=member.index.reshape(-1, 2)) for member in single.members]
+    pairs = replace(single, units=single.units // 2, members=tuple(members))
+    by_one, by_two = (peak_memory.structure(model, ids(64), [group], TARGET) for group in (single, pairs))
+    assert by_one({"hidden": 16}) == by_two({"hidden": 8}) < by_two({})
+
+
+def test_a_network_that_is_gone_leaves_no_export_behind():
+    model, groups = tokens()
+    cost = peak_memory.structure(model, ids(8), groups, TARGET)
+    left = weakref.ref(model)
+    del model
+    gc.collect()
+    assert left() is None
+    assert cost({"hidden": 16}) < cost({})
 
 
 def test_a_network_whose_files_do_not_follow_is_refused():
