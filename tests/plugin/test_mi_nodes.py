@@ -171,6 +171,21 @@ def test_outputs_that_are_gone_carry_no_weight():
     )
 
 
+@pytest.mark.parametrize("criterion", ["information", "residual"])
+def test_a_plan_does_not_depend_on_what_was_aimed_at_before(criterion):
+    model, data = mlp(), vectors(64)
+    context = Context(model, model, data, cost_models=COSTS.__getitem__)
+
+    def aim(step, *targets):
+        twins = [step.aimed("macs", target) for target in targets]
+        return [twin.propose(context).plan for twin in twins]
+
+    options = {"sequential": True, "criteria": [criterion], "loss_weighting": "none", "refit": "none", "held_out": 16}
+    *_, after = aim(MiNodes(**options), 0.9, 0.3)
+    [directly] = aim(MiNodes(**options), 0.3)
+    assert after == directly
+
+
 def test_the_full_weighting_uses_pairs_of_outputs():
     model, survey = surveyed(mlp, vectors(100))
     group = survey.groups[0]

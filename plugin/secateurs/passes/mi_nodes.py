@@ -104,11 +104,11 @@ class MiNodes(NodePass):
         """Return how many units of a group count as gone for the groups before it.
 
         They are those that go by confidence, or those of a uniform ratio that about meets the target: removing a share of all units squares in
-        MACs and parameters. A search has no target yet; a half stands for it.
+        MACs and parameters. In a search, whose candidates share one order, a half stands for the target.
         """
         if self.settles:
             return order.removable or 0
-        kind, target = self._target() if self._given() else ("", 0.5)
+        kind, target = self._target() if self._given() and not self._searched else ("", 0.5)
         ratio = target if kind == "units" else math.sqrt(target)
         return group.units - keep_for_ratio(group.units, ratio, min_units=self.settings.min_units)
 

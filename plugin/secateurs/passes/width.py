@@ -42,6 +42,7 @@ class NodePass(Pass):
         super().__init__(settings, **options)
         self._step = 0
         self._split = False
+        self._searched = False
         self._units: dict[str, int] = {}
         self._known = _Known()
         given = self._given()
@@ -67,13 +68,15 @@ class NodePass(Pass):
     def aimed(self, kind: str, ratio: float) -> Self:
         """Return a fresh pass with the target `target_<kind>: ratio` that shares what was found out about a network.
 
+        What is shared must not depend on the target, or the first of several twins would decide for the others.
+
         Args:
             kind: one of `TARGETS`.
             ratio: candidate / baseline, in (0, 1].
         """
         targets = {f"target_{other}": None for other in TARGETS} | {f"target_{kind}": ratio}
         twin = type(self)(type(self.settings).model_validate({**self.settings.model_dump(), **targets}))
-        twin._known = self._known
+        twin._known, twin._searched = self._known, True
         return twin
 
     def requires(self, context: Context) -> None:
