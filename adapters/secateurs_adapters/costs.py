@@ -9,6 +9,7 @@ ships; these figures only steer the search.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -17,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
+from secateurs.errors import ExportError
+from secateurs.forward import device_of
 from secateurs_adapters.kernels import KernelTable
 from secateurs_adapters.narrowing import NarrowedExport, exported_model
+from secateurs_adapters.parity import network_outputs
 from secateurs_adapters.planned import plan_memory
 from secateurs_adapters.runtime_graph import optimised_model, runtime_graph
 from secateurs_adapters.session import SessionOptions, check_provider
@@ -65,15 +69,17 @@ class _TargetCost:
     def total(self, model: nn.Module, example: Dataset, target: TargetSettings) -> float:
         """Return the cost of a network on a target; see `StructureCostModel`."""
         check_provider(target.provider)
-        return self._of_file(exported_model(model, example), example, target)
+        measured = _as_measured(model, example, target)
+        return self._of_file(exported_model(model, measured), measured, target)
 
     def structure(
         self, model: nn.Module, example: Dataset, groups: Sequence[Group], target: TargetSettings
     ) -> _Predicted:
         """Return the cost of a network at any widths on a target; see `StructureCostModel`."""
         check_provider(target.provider)
-        narrowed = _narrowed(model, example, groups)
-        return _Predicted(narrowed, lambda exported: self._of_file(exported, example, target), self.additive)
+        measured = _as_measured(model, example, target)
+        narrowed = _narrowed(model, measured, groups)
+        return _Predicted(narrowed, lambda exported: self._of_file(exported, measured, target), self.additive)
 
     def _of_file(self, exported: Any, example: Dataset, target: TargetSettings) -> float:
         options = SessionOptions(
@@ -89,6 +95,21 @@ class _TargetCost:
 
     def _cost(self, running: Any, shapes: Mapping[str, tuple[int, ...]], table: KernelTable) -> float:
         raise NotImplementedError
+
+
+def _as_measured(model: nn.Module, example: Dataset, target: TargetSettings) -> Dataset:
+    """Return the example at the target's sequence length; as it is where none is given or the network, of fixed length, does not run at it."""
+    length = target.sequence_length
+    if length is None or example.length in (None, length):
+        return example
+    longer = example.at_length(length)
+    # A position beyond a network's table fails on the CPU; on a GPU it would end the process.
+    network = model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
+    try:
+        network_outputs(network, longer.take([0]))
+    except ExportError:
+        return example
+    return longer
 
 
 def _narrowed(model: nn.Module, example: Dataset, groups: Sequence[Group]) -> NarrowedExport:

@@ -147,6 +147,30 @@ def test_other_examples_of_the_same_network_are_predicted_anew():
     assert peaks[0] < peaks[1]
 
 
+def test_the_cost_is_that_of_the_target_s_sequence_length():
+    model, groups = tokens()
+    at_64 = TARGET.model_copy(update={"sequence_length": 64})
+    expected = peak_memory.total(model, ids(64), TARGET)
+    assert expected > peak_memory.total(model, ids(8), TARGET)
+    assert peak_memory.total(model, ids(8), at_64) == expected
+    assert peak_memory.structure(model, ids(8), groups, at_64)({}) == expected
+
+
+def test_a_network_of_fixed_length_costs_what_it_does_at_its_own():
+    class Fixed(Tokens):
+        """Reads eight tokens side by side."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(8 * 32, 4)
+
+        def forward(self, ids):
+            return self.head(F.relu(self.hidden(self.embed(ids))).flatten(1))
+
+    model, longer = Fixed().eval(), TARGET.model_copy(update={"sequence_length": 64})
+    assert peak_memory.total(model, ids(8), longer) == peak_memory.total(model, ids(8), TARGET)
+
+
 def test_other_groups_of_the_same_name_are_predicted_anew():
     model, groups = tokens()
     (single,) = groups
