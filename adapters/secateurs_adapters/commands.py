@@ -160,9 +160,7 @@ def bundle(
         raise RecipeError("`--seeded` and `--data` exclude each other; give one.")
     examples, metric = (None, "") if seeded else _bundled_data(run, data)
     if examples is not None and len(examples) > samples:
-        from secateurs.data import stratified_split
-
-        examples = examples.take(stratified_split(examples.labels, [samples], len(examples), 0)[0])
+        examples = examples.sampled(samples, 0)
     manifest = write_bundle(
         read_artifact(run / "baseline.onnx"),
         read_artifact(quantised if (quantised := run / "model.quantised.onnx").exists() else run / "model.onnx"),
@@ -189,20 +187,16 @@ def _bundled_data(run: Path, data: Path | None) -> tuple[Dataset | None, str]:
     if data is not None:
         return load_evaluation(data), "accuracy"
     from secateurs.manager import create_manager
-    from secateurs.recipe import load_recipe, settings_from
+    from secateurs.recipe import load_recipe
+    from secateurs.sources import evaluation_examples
 
     recipe = load_recipe(run / "recipe.yaml")
-    spec = recipe.data.get("evaluation")
-    if spec is None:
-        return None, recipe.metric
-    entry = create_manager().registries.datasets[spec.source]
     try:
-        found: Dataset = entry.load()(settings_from(entry.load_settings(), spec.options, "data.evaluation"))
+        return evaluation_examples(recipe, create_manager()), recipe.metric
     except UserError as error:
         raise type(error)(
             f"{error} To bundle without the run's evaluation data, give `--data SPEC` or `--seeded`."
         ) from None
-    return found, recipe.metric
 
 
 def _judged(
@@ -309,17 +303,12 @@ def load_evaluation(path: Path | None) -> Dataset | None:
         return None
     if path.suffix == ".npz":
         return _read_npz(path)
-    from secateurs.data import stratified_split
     from secateurs.manager import create_manager
-    from secateurs.recipe import settings_from
+    from secateurs.recipe import parse_data
+    from secateurs.sources import load_examples
 
-    options = _mapping(path, "data specification", RecipeError)
-    if "source" not in options:
-        raise RecipeError(f"{str(path)!r} has no `source`; name a registered data source, such as `source: npz`.")
-    entry = create_manager().registries.datasets[str(options.pop("source"))]
-    samples = options.pop("samples", None)
-    data = entry.load()(settings_from(entry.load_settings(), options, str(path)))
-    return data if samples is None else data.take(stratified_split(data.labels, [samples], len(data), 0)[0])
+    spec = parse_data(_mapping(path, "data specification", RecipeError), str(path))
+    return load_examples(spec, str(path), create_manager()).sampled(spec.samples, 0)
 
 
 def _print(report: Report) -> None:

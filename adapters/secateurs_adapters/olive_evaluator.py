@@ -19,13 +19,14 @@ from olive.model import ONNXModelHandler
 from pydantic import Field
 
 from secateurs.budget import MIB, parse_budget
-from secateurs.data import Dataset, stratified_split
+from secateurs.data import Dataset
 from secateurs.errors import RecipeError
 from secateurs.forward import to_dataset
 from secateurs.manager import Manager, create_manager
-from secateurs.recipe import settings_from
+from secateurs.recipe import parse_data, settings_from
 from secateurs.report import Report, write_text
 from secateurs.settings import PassSettings, TargetSettings
+from secateurs.sources import load_examples
 from secateurs_adapters.artifact import read_artifact
 from secateurs_adapters.export import dynamo
 from secateurs_adapters.validate import validate_files
@@ -134,11 +135,8 @@ class VerdictEvaluator(OliveEvaluator):  # type: ignore[misc]  # Olive has no ty
     def _evaluation(self, manager: Manager) -> Dataset | None:
         if self.settings.data is None:
             return None
-        options = dict(self.settings.data)
-        entry = manager.registries.datasets[str(options.pop("source", ""))]
-        samples = options.pop("samples", None)
-        data = entry.load()(settings_from(entry.load_settings(), options, "evaluator.data"))
-        return data if samples is None else data.take(stratified_split(data.labels, [samples], len(data), 0)[0])
+        spec = parse_data(self.settings.data, "evaluator.data")
+        return load_examples(spec, "evaluator.data", manager).sampled(spec.samples, 0)
 
 
 def _file(model: Any, data: Dataset | None, folder: Path) -> Path:

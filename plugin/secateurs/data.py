@@ -79,6 +79,14 @@ class Dataset:
         inputs = {name: array[index] for name, array in self.inputs.items()}
         return replace(self, inputs=inputs, labels=None if self.labels is None else self.labels[index])
 
+    def sampled(self, samples: int | None, seed: int) -> Dataset:
+        """Return so many of the examples, drawn with the label shares of the whole; all of them where `samples` is None.
+
+        Raises:
+            DataError: there are fewer.
+        """
+        return self if samples is None else self.take(stratified_split(self.labels, [samples], len(self), seed)[0])
+
     def batches(self, size: int, *, drop_last: bool = False) -> Iterator[Dataset]:
         """Yield consecutive batches of `size` examples, trimmed; the last one may be smaller unless `drop_last`."""
         stop = len(self) - size + 1 if drop_last else len(self)
@@ -247,11 +255,8 @@ def resolve_roles(
     pools = _drop_duplicates(dict(given), notes)
     parts: dict[str, Dataset] = {}
     for role, pool in pools.items():
-        wanted = samples.get(role)
         if role != "calibration":
-            parts[role] = (
-                pool if wanted is None else pool.take(stratified_split(pool.labels, [wanted], len(pool), seed)[0])
-            )
+            parts[role] = pool.sampled(samples.get(role), seed)
     missing = [role for role in ("training", "validation") if role in cut and role not in given]
     parts |= _drop_duplicates(_cut(pools["calibration"], samples, missing, seed), notes, refuse=False)
     return Roles(notes=tuple(notes), **parts)

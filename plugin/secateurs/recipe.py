@@ -28,7 +28,17 @@ from secateurs.settings import (
     TargetSettings,
 )
 
-__all__ = ["DataSpec", "ModelSpec", "PassSpec", "Recipe", "load_recipe", "parse_pass", "parse_recipe", "settings_from"]
+__all__ = [
+    "DataSpec",
+    "ModelSpec",
+    "PassSpec",
+    "Recipe",
+    "load_recipe",
+    "parse_data",
+    "parse_pass",
+    "parse_recipe",
+    "settings_from",
+]
 
 MAX_CHARACTERS = 256 * 1024
 """Characters that a recipe may have once its variables are put in; a key or value that is no text counts as 8."""
@@ -206,7 +216,7 @@ def parse_recipe(data: Any, *, folder: Path, overrides: Sequence[str] = ()) -> R
             seed=data.get("seed", 0),
             folder=_file(data.get("folder") or str(folder), "folder"),
             model=_model(data["model"]),
-            data={str(role): _data(role, spec) for role, spec in _mapping(data["data"], "data").items()},
+            data={str(role): parse_data(spec, f"data.{role}") for role, spec in _mapping(data["data"], "data").items()},
             metric=data.get("metric", "accuracy"),
             passes=tuple(parse_pass(item) for item in _list(data["passes"], "passes")),
             search=None if data.get("search") is None else _section(SearchSettings, data["search"], "search"),
@@ -307,13 +317,23 @@ def _exists(value: str) -> bool:
         return False
 
 
-def _data(role: Any, value: Any) -> DataSpec:
-    spec = dict(_mapping(value, f"data.{role}"))
+def parse_data(value: Any, where: str) -> DataSpec:
+    """Read what is said of one role: `source`, `samples`, and the source's own options.
+
+    Args:
+        value: plain data.
+        where: what messages call it, for example `data.evaluation`.
+
+    Raises:
+        RecipeError: it does not follow the form.
+    """
+    spec = dict(_mapping(value, where))
     if "source" not in spec:
-        raise RecipeError(f"`data.{role}` has no `source`; name a registered data source, for example `source: npz`.")
-    source, samples = spec.pop("source"), spec.pop("samples", None)
+        raise RecipeError(f"`{where}` has no `source`; name a registered data source, for example `source: npz`.")
+    own = {key: spec.pop(key) for key in ("source", "samples") if key in spec}
     options = {key: _path(key, item) for key, item in spec.items()}
-    return DataSpec(source=source, samples=samples, options=options)
+    found: DataSpec = settings_from(DataSpec, {**own, "options": options}, where)
+    return found
 
 
 def parse_pass(value: Any) -> PassSpec:

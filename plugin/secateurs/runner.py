@@ -31,12 +31,13 @@ from secateurs.manager import Manager
 from secateurs.passes.base import Pass
 from secateurs.pipeline import Outcome, Session, build_pass, recover, run_passes
 from secateurs.plan import Plan
-from secateurs.recipe import DataSpec, Recipe, load_recipe, settings_from
+from secateurs.recipe import Recipe, load_recipe, settings_from
 from secateurs.recovery import check_settings
 from secateurs.report import PassRecord, Report, Trial, write_text
 from secateurs.search import Search, prepare_search
 from secateurs.settings import TargetSettings
 from secateurs.shipping import Shipping
+from secateurs.sources import load_role
 
 __all__ = ["OUTPUTS", "PLANS", "Prepared", "Pruned", "dry_run", "prepare", "run"]
 
@@ -127,7 +128,7 @@ def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent]
     targets = [(registries.targets[settings.provider].make(), settings) for settings in recipe.targets]
     for target, settings in targets:
         target.check(settings)
-    sources = {role: _load_data(spec, role, recipe, manager) for role, spec in recipe.data.items()}
+    sources = {role: load_role(recipe, role, manager) for role in recipe.data}
     trains = recipe.recovery.epochs > 0 or any(getattr(step.settings, "recovery_epochs", 0) for step in passes)
     roles = resolve_roles(
         sources,
@@ -192,15 +193,6 @@ def _converters(recipe: Recipe, manager: Manager) -> tuple[Converter | None, Con
     if quantise.mode not in modes:
         raise RecipeError("`quantise.mode`: " + unknown_name("mode", quantise.mode, modes))
     return edge, known[f"quantise-{quantise.mode}"].make()
-
-
-def _load_data(spec: DataSpec, role: str, recipe: Recipe, manager: Manager) -> Dataset:
-    """Read the data of a role; the processor that a network comes with is taken where none is named."""
-    entry = manager.registries.datasets[spec.source]
-    model, options = entry.load_settings(), dict(spec.options)
-    if recipe.model.loader == "hf" and "processor" in model.model_fields:
-        options.setdefault("processor", recipe.model.value)
-    return entry.load()(settings_from(model, options, f"data.{role}"))
 
 
 def _load_model(recipe: Recipe, manager: Manager, data: Dataset) -> nn.Module:

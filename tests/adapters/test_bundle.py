@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import foreign
 from kits import QUICK, bare, copy, made_of, make, measure
 
+from secateurs.data import Dataset, resolve_roles
 from secateurs.errors import DataError
 from secateurs_adapters.artifact import read_artifact
 from secateurs_adapters.bundle import write_bundle
@@ -237,6 +238,25 @@ def test_the_command_bundles_other_data_or_seeded_inputs(tmp_path, run):
     assert "has content" in str(again.exception)
     assert run("bundle", tmp_path / "none", "--output", tmp_path / "x", "--seeded").exception.exit_code == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kit", "out", "seeded"]
+
+
+def test_the_runs_own_examples_are_those_of_its_verdict(tmp_path, run):
+    data = make(tmp_path / "out")
+    role = {"source": "npz", "file": str(tmp_path / "out" / "data.npz"), "inputs": ["x"]}
+    body = {
+        "seed": 3,
+        "model": {"factory": "net:build"},
+        "data": {"calibration": {"source": "digits"}, "evaluation": {**role, "samples": 9}},
+        "passes": ["magnitude"],
+    }
+    (tmp_path / "out" / "recipe.yaml").write_text(json.dumps(body))
+    done = run("bundle", tmp_path / "out", "--output", tmp_path / "kit")
+    assert done.exit_code == 0, (done.output, done.exception)
+    other = Dataset({"x": data.inputs["x"] + 1}, data.labels)
+    judged = resolve_roles({"calibration": other, "evaluation": data}, {"evaluation": 9}, 3, cut=()).evaluation
+    with np.load(tmp_path / "kit" / "inputs.npz") as archive:
+        assert np.array_equal(archive["i0"][:, 0], judged.inputs["x"])  # one run per example
+    assert np.array_equal(np.load(tmp_path / "kit" / "labels.npy"), judged.labels)
 
 
 @pytest.mark.parametrize("family", ["recurrent", "cached", "fixed", "classes", "data-dependent"])

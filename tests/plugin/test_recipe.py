@@ -238,7 +238,10 @@ REFUSED = {
     "no source": (minimal(data={"calibration": {"file": "x"}}), "`data.calibration` has no `source`"),
     "seed": (minimal(seed="zero"), "`seed`: .*; got 'zero'"),
     "epochs": (minimal(recovery={"epochs": -1}), "`recovery.epochs`: .*; got -1"),
-    "samples": (minimal(data={"calibration": {"source": "npz", "samples": 0}}), "`samples`: .*; got 0"),
+    "samples": (
+        minimal(data={"calibration": {"source": "npz", "samples": 0}}),
+        "`data.calibration.samples`: .*; got 0",
+    ),
     "batch size": (minimal(targets=[{"batch_size": "all"}]), "`targets.0.batch_size`.*got 'all'"),
     "budget value": (minimal(budget={"accuracy_drop": 5}), r"`budget.accuracy_drop`.*got 5"),
     "section that is a list": (minimal(recovery=[1]), r"`recovery` must be a mapping, got \[1\]"),
