@@ -1,5 +1,7 @@
 """`mi-nodes` as a pass: a planted duplicate, widths from the confidence, the order of groups, and what it refuses."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from secateurs import cost
 from secateurs.errors import RecipeError
 from secateurs.groups import find_groups
+from secateurs.interfaces import WidthMultiple
 from secateurs.moments import Moments
 from secateurs.passes.base import Context
 from secateurs.passes.mi_nodes import MiNodes
@@ -102,6 +105,19 @@ def test_the_surer_the_more_goes_and_widths_keep_their_multiples(estimator):
     assert counts[0] < counts[1]
     rounded = removed(MiNodes(estimator=estimator, confidence=0.999, round_to=4), model, data)
     assert all(len(units) % 4 == 0 for units in rounded.values())
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_widths_from_the_confidence_keep_the_multiple_that_the_target_likes(channels):
+    model, data = residual(), images(120)
+    likes = WidthMultiple(channels, "the device computes so many at once")
+    context = Context(model, model, data, cost_models=COSTS.__getitem__, width_multiple=lambda: likes)
+    found = MiNodes(confidence=0.999, round_to="auto").propose(context)
+    sizes = {group.root: group.units for group in find_groups(model, data.take([0, 1]))[0]}
+    kept = [sizes[edit.root] - len(edit.units) for edit in found.plan.of(RemoveUnits) if sizes[edit.root] > channels]
+    assert kept
+    assert math.gcd(*kept) % channels == 0
+    assert found.details["rounding"] == f"multiples of {channels}: the device computes so many at once"
 
 
 def test_groups_of_one_kind_get_one_width_from_the_confidence():

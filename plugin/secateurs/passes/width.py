@@ -225,7 +225,9 @@ class NodePass(Pass):
         """Return allocations by name: over all removal orders together, and over each of them alone."""
         settings, orders = self.settings, self._known.orders
         if self.settles:
-            return {"confidence": self._settled(survey)}, {"allocation": "confidence"}
+            rounding = Rounding(settings, "", context)
+            details = {"allocation": "confidence", "rounding": rounding.why}
+            return {"confidence": self._settled(survey, rounding)}, details
         kind, target = self._target()
         rounding = Rounding(settings, kind, context)
 
@@ -274,14 +276,14 @@ class NodePass(Pass):
         details = {"allocation": "measured", "rounding": rounding.why, "divergences": _as_details(tables["all"])}
         return {name: chosen(table) for name, table in tables.items()}, details
 
-    def _settled(self, survey: Survey) -> Mapping[str, Option]:
+    def _settled(self, survey: Survey, rounding: Rounding) -> Mapping[str, Option]:
         """Return the widths that the orders tell, rounded up; in uniform mode the widest of a kind."""
         settings, chosen = self.settings, dict[str, Option]()
-        multiple = settings.round_to if isinstance(settings.round_to, int) else 1
         kinds = merged(survey.groups) if settings.uniform else [(group, [group]) for group in survey.groups]
         for _, like in kinds:
             firsts = {group.root: next(iter(self._known.orders[group.root].items())) for group in like}
             wanted = max(group.units - (firsts[group.root][1].removable or 0) for group in like)
+            multiple = max(rounding.of(group) for group in like)
             rounded = -(-max(wanted, settings.min_units) // multiple) * multiple
             for group in like:
                 chosen[group.root] = Option(min(group.units, rounded), 0.0, firsts[group.root][0])
