@@ -6,12 +6,11 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from olive.common.config_utils import validate_config
 from olive.data.config import DataConfig
 from torch import nn
@@ -20,8 +19,7 @@ import secateurs
 import secateurs_adapters
 from secateurs import hookimpl
 from secateurs.data import Dataset
-from secateurs.errors import DataError
-from secateurs.forward import to_dataset
+from secateurs.forward import gathered
 from secateurs.manager import GROUP, Manager, create_manager
 from secateurs.settings import PassSettings
 
@@ -75,37 +73,6 @@ def manager_for(network: nn.Module, data: Mapping[str, Any]) -> Manager:
     manager = create_manager()
     manager.adopt(_Inputs(network, data), "olive-input")
     return manager
-
-
-def gathered(batches: Any, origin: str) -> Dataset:
-    """Join the batches of a data loader into one data set.
-
-    Args:
-        batches: inputs, or (inputs, labels) pairs; inputs are a tensor, a tuple, or tensors by name.
-        origin: of the data set.
-
-    Raises:
-        DataError: there is no batch, or batches differ in their inputs.
-    """
-    parts = [to_dataset(batch, origin=origin) for batch in batches]
-    if not parts:
-        raise DataError(f"the data config {origin!r} yields no batches; give it at least one example.")
-    names = list(parts[0].inputs)
-    odd = next((list(part.inputs) for part in parts if list(part.inputs) != names), None)
-    if odd is not None:
-        raise DataError(f"the batches of {origin!r} have inputs {names} and {odd}; give all of them the same ones.")
-    shapes = {name: {part.inputs[name].shape[1:] for part in parts} for name in names}
-    uneven = next((name for name, found in shapes.items() if len(found) > 1), None)
-    if uneven is not None:
-        raise DataError(
-            f"the batches of {origin!r} have examples of the shapes {sorted(shapes[uneven])} in {uneven!r}; pad or crop them to one."
-        )
-    labels = [part.labels for part in parts if part.labels is not None]
-    return replace(
-        parts[0],
-        inputs={name: np.concatenate([part.inputs[name] for part in parts]) for name in names},
-        labels=np.concatenate(labels) if len(labels) == len(parts) else None,
-    )
 
 
 # --- what determines a result, for Olive's cache ----------------------------------------------------------------------------------------

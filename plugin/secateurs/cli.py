@@ -106,11 +106,17 @@ def build_app(manager: Manager) -> Any:
     )
     app.callback(help=app.info.help)(_root)
     for name, function in (("run", _run), ("inspect", _inspect), ("passes", _passes)):
-        app.command(name)(_interruptible(function))
+        app.command(name)(_interruptible(function, name))
     for entry in manager.registries.commands:
         about = entry.summary[:1].upper() + entry.summary[1:] + "." if entry.summary else None
-        app.command(entry.name, help=about)(_interruptible(entry.load()))
+        app.command(entry.name, help=about)(_interruptible(entry.load(), entry.name))
     return typer.main.get_command(app)
+
+
+_INTERRUPTED = {
+    "run": "interrupted; `secateurs run --resume` goes on after the last finished pass or trial.",
+    "zoo": "interrupted; `secateurs zoo --resume` goes on after the last finished models.",
+}
 
 
 def _version(wanted: bool) -> None:
@@ -127,7 +133,7 @@ def _root(
     """Take what stands before a command."""
 
 
-def _interruptible(function: Callable[..., Any]) -> Callable[..., Any]:
+def _interruptible(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Turn Ctrl-C into an error with our exit code and words, before the argument parser sees it."""
 
     @functools.wraps(function)
@@ -135,9 +141,7 @@ def _interruptible(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         except KeyboardInterrupt:
-            raise SecateursError(
-                "interrupted; `secateurs run --resume` goes on after the last finished pass or trial."
-            ) from None
+            raise SecateursError(_INTERRUPTED.get(name, "interrupted.")) from None
 
     return command
 

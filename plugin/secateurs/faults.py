@@ -20,7 +20,7 @@ _DISK = {
     errno.EIO: "the disk failed",
     errno.EMFILE: "too many files are open",
 }
-_RESUME = "What was finished is kept: mend the cause, then `secateurs run --resume` goes on from there."
+_RESUME = "Mend the cause; what `run` and `zoo` had finished is kept, and `--resume` goes on from there."
 _OS_ERROR = re.compile(r"os error (\d+)")
 """How libraries written in Rust, such as safetensors, name the error of the system."""
 _LOST = re.compile(

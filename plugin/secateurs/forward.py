@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.data import Dataset, Roles
+from secateurs.errors import DataError
 
 __all__ = [
     "DOES_NOT_RUN",
     "call",
     "examples_per_pass",
     "frozen_randomness",
+    "gathered",
     "ignores_padding",
     "inference",
     "logits",
-    "modules_of",
     "output_tensors",
     "predict",
     "tensors",
@@ -146,33 +147,93 @@ def trimming(model: nn.Module, roles: Roles) -> Roles:
     return replace(roles, **{name: replace(data, trims=True) for name, data in used.items() if data is not None})
 
 
-def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every module by qualified name, each object once, under its first name."""
-    return dict(model.named_modules())
+def gathered(batches: Iterable[Any], origin: str, like: Dataset | None = None) -> Dataset:
+    """Join the batches of a data loader into one data set.
+
+    Args:
+        batches: as for `to_dataset`.
+        origin: what the batches are called in messages, and the origin of the data set.
+        like: what the network is called with: the data set takes its names, and batches are read as so many inputs. None takes the
+            first batch's.
+
+    Raises:
+        DataError: there is no batch, batches differ in their inputs, or they are not those that the network takes.
+    """
+    parts = [to_dataset(batch, origin=origin, inputs=None if like is None else len(like.inputs)) for batch in batches]
+    if not parts:
+        raise DataError(f"`{origin}` has no batches; give an iterable of at least one.")
+    first = like or parts[0]
+    names = list(first.inputs)
+    for part in parts:
+        known = set(part.inputs) == set(names) if part.keyword else len(part.inputs) == len(names)
+        if not known or (part.keyword and not first.keyword):
+            taken = f"named {names}" if first.keyword else f"{len(names)}, without names"
+            raise DataError(
+                f"a batch of `{origin}` has the inputs {list(part.inputs)}, and the network takes {taken}; give all batches like that."
+            )
+    columns = {
+        name: [part.inputs[name] if part.keyword else list(part.inputs.values())[number] for part in parts]
+        for number, name in enumerate(names)
+    }
+    for name, arrays in columns.items():
+        shapes = sorted({array.shape[1:] for array in arrays})
+        if len(shapes) > 1:
+            raise DataError(
+                f"the batches of `{origin}` have examples of the shapes {shapes[:4]} in {name!r}; pad or crop them to one."
+            )
+    labels = [part.labels for part in parts if part.labels is not None]
+    joined = {name: np.concatenate(arrays) for name, arrays in columns.items()}
+    return Dataset(joined, np.concatenate(labels) if len(labels) == len(parts) else None, origin, keyword=first.keyword)
 
 
-def to_dataset(batch: Any, *, origin: str = "") -> Dataset:
+def to_dataset(batch: Any, *, origin: str = "", inputs: int | None = None) -> Dataset:
     """Turn a tensor, a tuple or mapping of tensors, or an (inputs, labels) pair into a `Dataset`.
 
-    A pair whose second member is a one-dimensional integer tensor is read as inputs and labels.
+    Args:
+        batch: inputs, or a pair of inputs and labels. Of a mapping, `labels` are the labels.
+        origin: of the data set.
+        inputs: how many the network takes: of one, the second tensor of a pair is the labels. None reads a pair so if its second member is a
+            one-dimensional tensor of integers, or its first a tuple or mapping.
+
+    Raises:
+        DataError: something in it is no tensor.
     """
     labels = None
+    if not isinstance(batch, (Mapping, Tensor, np.ndarray)):
+        values = list(batch)
+        if len(values) == 2 and _are_labels(values, inputs):
+            batch, labels = values
     if isinstance(batch, Mapping):
         named = dict(batch)
-        labels = named.pop("labels", None)
-        inputs = {name: value.detach().cpu().numpy() for name, value in named.items()}
-        return Dataset(inputs, None if labels is None else labels.cpu().numpy(), origin, keyword=True)
-    if isinstance(batch, Tensor):
-        return Dataset({"input": batch.detach().cpu().numpy()}, None, origin)
-    values = list(batch)
-    if len(values) == 2 and isinstance(values[1], Tensor) and values[1].ndim == 1 and not values[1].is_floating_point():
-        labels = values.pop().cpu().numpy()
-        if isinstance(values[0], Mapping):
-            inputs = {name: value.detach().cpu().numpy() for name, value in values[0].items()}
-            return Dataset(inputs, labels, origin, keyword=True)
-        if isinstance(values[0], (list, tuple)):
-            values = list(values[0])
-    names = ["input"] if len(values) == 1 else [f"input_{index}" for index in range(len(values))]
+        labels = named.pop("labels", labels)
+    elif isinstance(batch, (Tensor, np.ndarray)):
+        named = {"input": batch}
+    else:
+        given = list(batch)
+        named = {"input" if len(given) == 1 else f"input_{number}": value for number, value in enumerate(given)}
+    arrays = {str(name): _array(value, str(name)) for name, value in named.items()}
     return Dataset(
-        {name: value.detach().cpu().numpy() for name, value in zip(names, values, strict=True)}, labels, origin
+        arrays, None if labels is None else _array(labels, "labels"), origin, keyword=isinstance(batch, Mapping)
     )
+
+
+def _are_labels(pair: Sequence[Any], inputs: int | None) -> bool:
+    first, second = pair
+    if not isinstance(second, (Tensor, np.ndarray)):
+        return False
+    if inputs == 1 or isinstance(first, (Mapping, list, tuple)):
+        return True
+    whole = not torch.as_tensor(second).is_floating_point()
+    return inputs is None and second.ndim == 1 and whole
+
+
+def _array(value: Any, name: str) -> Any:
+    if isinstance(value, np.ndarray):
+        return value
+    if not isinstance(value, Tensor):
+        raise DataError(
+            f"{name!r} of a batch is a {type(value).__name__}; batches are tensors, tuples or mappings of them."
+        )
+    if value.dtype is torch.bfloat16:
+        raise DataError(f"{name!r} of a batch is bfloat16, which numpy does not know; give float32.")
+    return value.detach().cpu().numpy()

@@ -23,7 +23,7 @@ from secateurs.blocks import Describe
 from secateurs.certificate import keep_certified
 from secateurs.changes import changes
 from secateurs.data import Dataset, Roles
-from secateurs.errors import DataError, SecateursError
+from secateurs.errors import DataError, RecipeError, SecateursError
 from secateurs.forward import predict
 from secateurs.interfaces import CostModel, ProgressEvent, WidthMultiple
 from secateurs.manager import Manager
@@ -151,6 +151,10 @@ def run_passes(
     return outcome
 
 
+_RAN = "_secateurs_ran"
+"""Attribute of a pass that has been run: it remembers its rounds."""
+
+
 @dataclass
 class _Tally:
     """What one pass did so far."""
@@ -178,12 +182,18 @@ def _relative(certificate: Certificate) -> float:
 
 def _run_pass(session: Session, step: Pass, outcome: Outcome) -> Outcome:
     began = time.perf_counter()
+    if getattr(step, _RAN, False):
+        raise RecipeError(
+            f"this pass {step.name!r} has been run before, and one serves one run; make a new one, or give its name and options."
+        )
+    setattr(step, _RAN, True)
     step.requires(session.context(outcome.model))
     entry = current = outcome.model
     reference = outcome.validation
     if reference is None and session.evaluate is not None:
         reference = session.evaluate(entry)
     latest = reference
+    sign = getattr(session.evaluate, "sign", 1.0)  # the report has the metric in its own direction
     tally = _Tally()
     for _ in range(MAX_ROUNDS):
         session.progress(ProgressEvent(step.name, len(tally.rounds), len(tally.rounds) + 1, "looking for edits"))
@@ -201,7 +211,8 @@ def _run_pass(session: Session, step: Pass, outcome: Outcome) -> Outcome:
         total = tally.plan + certified.plan
         candidate, mended = _mend(session, step.name, applied(current, certified.plan), entry, total, proposal)
         accepted, value = _judge(session, proposal, candidate, reference)
-        tally.rounds.append({"edits": len(certified.plan), "accepted": accepted, "validation": value, **mended})
+        shown = None if value is None else sign * value
+        tally.rounds.append({"edits": len(certified.plan), "accepted": accepted, "validation": shown, **mended})
         step.answer(accepted)
         if accepted:
             current, tally.plan, latest = candidate, total, value
@@ -223,7 +234,7 @@ def _run_pass(session: Session, step: Pass, outcome: Outcome) -> Outcome:
         details={
             **tally.details,
             **changes(current, tally.plan),
-            "validation_before": reference,
+            "validation_before": None if reference is None else sign * reference,
             "rounds": tally.rounds,
         },
     )

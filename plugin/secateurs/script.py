@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from torch import nn
 
 from secateurs import checkpoint, cost
 from secateurs.budget import parse_budget
-from secateurs.data import Dataset, resolve_roles
+from secateurs.data import resolve_roles
 from secateurs.errors import DataError
-from secateurs.forward import to_dataset, trimming
+from secateurs.forward import device_of, gathered, to_dataset, trimming
 from secateurs.interfaces import ProgressEvent, Target, ratio, width_multiple
 from secateurs.manager import Manager, create_manager
 from secateurs.passes.base import Pass
@@ -24,6 +24,7 @@ from secateurs.pipeline import Outcome, Session, build_pass, recover, run_passes
 from secateurs.plan import Plan
 from secateurs.proof import environment
 from secateurs.recipe import parse_pass, settings_from
+from secateurs.recovery import check_settings
 from secateurs.report import Ratios, Report, Side, write_text
 from secateurs.search import prepare_search
 from secateurs.settings import RecoverySettings, SearchSettings, TargetSettings
@@ -69,6 +70,9 @@ def prune(
 ) -> PruneResult:
     """Prune a network in a script; the model given is not changed.
 
+    Statistics, refit and certificates are taken on the CPU. A network that is on another device is copied there, and the pruned one comes
+    back to its device, where `evaluate` and `recovery` see it.
+
     Args:
         model: the trained network.
         example_inputs: what the network is called with: a tensor, a tuple, or a dict of tensors by name.
@@ -93,8 +97,8 @@ def prune(
     """
     manager = manager or create_manager()
     example = to_dataset(example_inputs)
-    data = _gather(calibration, example, "calibration")
-    learning = None if training is None else _gather(training, example, "training")
+    data = gathered(calibration, "calibration", example)
+    learning = None if training is None else gathered(training, "training", example)
     pools = {"calibration": replace(data, labels=None), **({} if learning is None else {"training": learning})}
     settings = (
         settings_from(RecoverySettings, recovery, "recovery")
@@ -104,13 +108,18 @@ def prune(
     device = target if isinstance(target, TargetSettings) else settings_from(TargetSettings, target or {}, "target")
     how = settings_from(SearchSettings, search, "search") if isinstance(search, Mapping) else search
     budget = parse_budget({} if accuracy_drop is None else {"accuracy_drop": accuracy_drop})
-    baseline = copy.deepcopy(model).eval()
+    home = device_of(model)
+    baseline = copy.deepcopy(model).cpu().eval()
+    if settings.epochs:
+        if learning is None:
+            raise DataError("`recovery` asks for training, and there is no `training`; give labelled batches.")
+        check_settings(settings, model, evaluated=evaluate is not None)
     session = Session(
         baseline=baseline,
         roles=trimming(baseline, resolve_roles(pools, {}, seed, cut=("validation",))),
         cost_models=lambda name: cost.on_target(manager.registries.cost_models[name].load(), device),
         width_multiple=lambda: width_multiple(_target(manager, device), device),
-        evaluate=evaluate,
+        evaluate=evaluate if evaluate is None or home.type == "cpu" else _at_home(evaluate, home),
         recovery=settings,
         describe_blocks=lambda network: manager.hook.secateurs_describe_blocks(model=network),
         describe_attention=lambda module: manager.hook.secateurs_describe_attention(module=module),
@@ -123,7 +132,8 @@ def prune(
     found = None if searched is None else searched.run()
     outcome = run_passes(session, built, manager) if found is None else found.outcome
     pruned = copy.deepcopy(outcome.model) if outcome.model is baseline else outcome.model
-    if settings.epochs:
+    pruned, session = pruned.to(home), replace(session, baseline=baseline.to(home), evaluate=evaluate)
+    if settings.epochs and outcome.plan.removes:
         recover(session, pruned, settings)
     report = pruning_report(session, outcome, pruned, time.perf_counter() - began)
     report.trials = [] if found is None else found.trials()
@@ -137,26 +147,16 @@ def _target(manager: Manager, settings: TargetSettings) -> Target | None:
     return targets[settings.provider].make() if settings.provider in targets else None
 
 
-def _gather(batches: Iterable[Any], example: Dataset, role: str) -> Dataset:
-    """Join batches into one data set whose inputs are named like the example's."""
-    parts = [to_dataset(batch) for batch in batches]
-    if not parts:
-        raise DataError(f"`{role}` has no batches; give an iterable of at least one.")
-    names = list(example.inputs)
-    for part in parts:
-        if len(part.inputs) != len(names):
-            raise DataError(
-                f"`{role}` batches have {len(part.inputs)} inputs, `example_inputs` has {len(names)}; give batches of what the network takes."
-            )
-    inputs = {
-        name: np.concatenate(
-            [list(part.inputs.values())[number] if not part.keyword else part.inputs[name] for part in parts]
-        )
-        for number, name in enumerate(names)
-    }
-    given = [part.labels for part in parts if part.labels is not None]
-    labels = np.concatenate(given) if len(given) == len(parts) else None
-    return Dataset(inputs, labels, role, keyword=example.keyword)
+def _at_home(evaluate: Callable[[nn.Module], float], home: torch.device) -> Callable[[nn.Module], float]:
+    """Return the metric of a network that is on the CPU, taken where its owner keeps it."""
+
+    def evaluated(model: nn.Module) -> float:
+        try:
+            return evaluate(model.to(home))
+        finally:
+            model.cpu()
+
+    return evaluated
 
 
 def pruning_report(session: Session, outcome: Outcome, pruned: nn.Module, seconds: float) -> Report:
