@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from secateurs import checkpoint
 from secateurs.errors import ModelError, RecipeError
 from secateurs.plan import Plan
-from secateurs.report import write_text
+from secateurs.report import Report, write_text
 from secateurs.script import PruneResult, prune
 from secateurs.surgery import apply_plan
 from secateurs_adapters.hf_folder import REFUSAL, write_folder
@@ -36,6 +36,8 @@ __all__ = ["PruneCallback", "prepare_resume", "prune_in_place", "prune_trainer"]
 
 SAVED = "secateurs"
 """The folder in `output_dir` with the pruned network."""
+REPORT = "report.json"
+"""What was pruned and why, in a checkpoint and in that folder."""
 UNPRUNED = "unpruned_config.json"
 """The configuration in a checkpoint of a pruned network; `from_pretrained` must not find it."""
 
@@ -86,15 +88,22 @@ def prune_trainer(
 def prepare_resume(trainer: Trainer, folder: str | Path) -> None:
     """Give a Trainer's network the structure of a checkpoint that `PruneCallback` saved; then `train(resume_from_checkpoint=folder)`.
 
+    A `PruneCallback` that the Trainer has by now goes on from there: it prunes no more, and writes plan and report as before.
+
     Args:
         trainer: built anew with the original network.
         folder: `output_dir/checkpoint-N`. Its configuration gets its usual name back, as the Trainer asks for it.
 
     Raises:
         PlanError: there is no plan, or the network is not the one that it was made for.
+        UserError: the checkpoint has no report.
     """
-    home = Path(folder)
-    apply_plan(_network(trainer), Plan.load(home / checkpoint.PLAN))
+    home, model = Path(folder), _network(trainer)
+    plan, report = Plan.load(home / checkpoint.PLAN), Report.load(home / REPORT)
+    apply_plan(model, plan)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, PruneCallback):
+            callback.result = PruneResult(model, plan, report)
     if (home / UNPRUNED).is_file():
         (home / UNPRUNED).replace(home / "config.json")
 
@@ -156,7 +165,7 @@ class PruneCallback(TrainerCallback):
         if self.result is None or not state.is_world_process_zero or not folder.is_dir():
             return
         self.result.plan.save(folder / checkpoint.PLAN)
-        write_text(folder / "report.json", self.result.report.to_json())
+        write_text(folder / REPORT, self.result.report.to_json())
         if (folder / "config.json").is_file():
             (folder / "config.json").replace(folder / UNPRUNED)
             write_text(folder / "config.json", REFUSAL)
@@ -175,7 +184,7 @@ class PruneCallback(TrainerCallback):
         checkpoint.save(self.result.model, self.result.plan, folder)
         plain = _plain_copy(self.result.model).eval()
         report.notes += filter(None, [write_folder(plain, self.result.plan, folder)])
-        write_text(folder / "report.json", report.to_json())
+        write_text(folder / REPORT, report.to_json())
 
     def _prune(self, state: TrainerState, held: Mapping[str, Any]) -> None:
         if self.result is not None:

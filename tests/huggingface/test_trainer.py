@@ -164,6 +164,23 @@ def test_checkpoints_carry_the_plan_and_resume(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_a_resumed_training_writes_what_an_undisturbed_one_does(tmp_path):
+    def run(folder):
+        prune = PruneCallback(PASSES, batches(), at_step=2, limits={"params": 0.1}, **HOW)
+        return trainer(folder, callbacks=[prune], save_strategy="steps", save_steps=3)
+
+    run(tmp_path / "a").train()
+    again, start = run(tmp_path / "b"), tmp_path / "a" / "checkpoint-3"
+    prepare_resume(again, start)
+    again.train(resume_from_checkpoint=str(start))
+    for name in ("checkpoint-6", "secateurs"):
+        expected, found = tmp_path / "a" / name, tmp_path / "b" / name
+        assert {path.name for path in found.iterdir()} == {path.name for path in expected.iterdir()}
+        for file in ("plan.json", "report.json", "config.json"):
+            assert (found / file).read_text() == (expected / file).read_text(), (name, file)
+    assert json.loads((tmp_path / "b" / "secateurs" / "report.json").read_text())["verdict"] == "fail"
+
+
 def test_the_end_of_training_saves_the_network_and_judges_the_limits(tmp_path):
     prune = PruneCallback(PASSES[:1], batches(), at_epoch=1, limits={"params": 0.1}, **HOW)
     run = trainer(tmp_path, callbacks=[prune])
