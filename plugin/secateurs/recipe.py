@@ -330,7 +330,7 @@ def parse_data(value: Any, where: str) -> DataSpec:
     spec = dict(_mapping(value, where))
     if "source" not in spec:
         raise RecipeError(f"`{where}` has no `source`; name a registered data source, for example `source: npz`.")
-    own = {key: spec.pop(key) for key in ("source", "samples") if key in spec}
+    own: dict[str, Any] = {key: spec.pop(key) for key in ("source", "samples") if key in spec}
     options = {key: _path(key, item) for key, item in spec.items()}
     found: DataSpec = settings_from(DataSpec, {**own, "options": options}, where)
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,7 +236,7 @@ def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bo
         overwrite: replace the files of an earlier run.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds something else than an earlier run, or that of another recipe.
     """
     began = time.perf_counter()
     recipe, session = prepared.recipe, prepared.session
@@ -333,17 +333,13 @@ def _open_folder(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
             found = Report.load(output / "report.json")
             shutil.rmtree(output / STATE, ignore_errors=True)
             return found
-    if overwrite:
-        for name in OUTPUTS:
-            (output / name).unlink(missing_ok=True)
-        for variant in (pattern.format(stem) for pattern in VARIANTS for stem in ("model", "baseline")):
-            for path in output.glob(variant):
-                path.unlink()
-        for plan in (output / PLANS).glob("trial-*.json"):
-            plan.unlink()
-        for mark in output.glob(f"*/{checkpoint.MARK}"):
-            shutil.rmtree(mark.parent)
-        shutil.rmtree(output / STATE, ignore_errors=True)
+    if overwrite and content:
+        if not _holds_run(content):
+            raise UserError(
+                f"the output folder {str(output)!r} holds no run that `--overwrite` could replace, but {', '.join(content[:5])}"
+                f"{', ...' if len(content) > 5 else ''}; its files may be yours. Empty it, or choose another with `--output`."
+            )
+        _clear(output)
     for left in output.glob(".*.partial"):  # of a process that was killed while it wrote
         if left.is_dir():
             shutil.rmtree(left)
@@ -356,6 +352,31 @@ def _open_folder(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
             f"cannot write the output folder {str(output)!r}: {error.strerror}; choose another with `--output`."
         ) from None
     return None
+
+
+def _holds_run(content: Sequence[str]) -> bool:
+    """Tell whether the names in a folder are those of a run: one that is under way keeps its state there, a finished one its recipe."""
+    return STATE in content or {"report.json", "recipe.yaml"} <= set(content)
+
+
+def _clear(output: Path) -> None:
+    """Remove the files of an earlier run; the folder of its state stays, so that one killed here still shows whose folder this is."""
+    (output / STATE).mkdir(exist_ok=True)
+    (output / STATE / "state.json").unlink(missing_ok=True)  # first: it must never name what is gone
+    for name in OUTPUTS:
+        (output / name).unlink(missing_ok=True)
+    for variant in (pattern.format(stem) for pattern in VARIANTS for stem in ("model", "baseline")):
+        for path in output.glob(variant):
+            path.unlink()
+    for plan in (output / PLANS).glob("trial-*.json"):
+        plan.unlink()
+    for mark in output.glob(f"*/{checkpoint.MARK}"):
+        shutil.rmtree(mark.parent)
+    for left in (output / STATE).iterdir():
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink()
 
 
 class _State(BaseModel):

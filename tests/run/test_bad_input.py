@@ -13,6 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from secateurs.recipe import load_recipe
+from secateurs.runner import _open_folder
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "examples/quickstart.yaml"
 
@@ -199,6 +202,37 @@ def test_a_folder_with_other_content_is_refused(secateurs, tmp_path):
     assert secateurs("run", RECIPE, "--output", tmp_path, "--resume").code == 2
     assert secateurs("run", RECIPE, "--output", tmp_path, "--resume", "--overwrite").code == 2
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(secateurs, tmp_path):
+    mine = dict.fromkeys(("README.md", "config.json", "model.onnx", "recipe.yaml"), "mine")
+    for name, text in mine.items():
+        (tmp_path / name).write_text(text)
+    ended = secateurs("run", RECIPE, "--output", tmp_path, "--overwrite")
+    assert ended.code == 2
+    assert "holds no run" in ended.err
+    assert "--output" in ended.err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == mine
+
+
+@pytest.mark.parametrize("left", [[".secateurs/pass1/plan.json"], ["report.json", "recipe.yaml", "model.edge.onnx"]])
+def test_overwrite_clears_what_a_run_left(tmp_path, left, monkeypatch):
+    """Of one that was killed, and of one that ended; one that is killed while it clears can be overwritten too."""
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(ROOT / RECIPE)
+    for name in ("notes.txt", *left):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "glob", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            _open_folder(tmp_path, recipe, resume=False, overwrite=True)
+    assert _open_folder(tmp_path, recipe, resume=False, overwrite=True) is None
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [".secateurs", "notes.txt"]
+
+
+def _killed(*_):
+    raise KeyboardInterrupt
 
 
 def test_weights_of_another_network_are_listed_by_name(refuse, tmp_path):
