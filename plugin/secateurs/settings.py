@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = [
     "BaselineSettings",
@@ -58,7 +58,7 @@ class CkaClusterSettings(LayerSettings):
     granularity: int = Field(
         1, ge=1, le=3, description="k: remove members 1, 1+k, 1+2k, ... of each cluster; raised after a rejection"
     )
-    max_granularity: int = Field(3, ge=1, description="stop when k would pass this")
+    max_granularity: int = Field(3, ge=1, description="stop when k would pass this, at least `granularity`")
     tolerance: Fraction = Field(
         0.04, description="largest drop of the metric on validation data for a round to be accepted"
     )
@@ -79,6 +79,15 @@ class CkaClusterSettings(LayerSettings):
     refit: Literal["dense", "none"] = Field(
         "dense", description="least-squares update of the layers behind the first removal towards the dense network"
     )
+
+    @model_validator(mode="after")
+    def _some_round(self) -> CkaClusterSettings:
+        if self.granularity > self.max_granularity:
+            raise ValueError(
+                f"`granularity` {self.granularity} is above `max_granularity` {self.max_granularity}, so that no round would run; raise the "
+                f"latter or lower the former"
+            )
+        return self
 
 
 class DepthSettings(LayerSettings):

@@ -9,12 +9,15 @@ from torch import nn
 
 from secateurs import prune
 from secateurs.data import Dataset
+from secateurs.errors import RecipeError
 from secateurs.forward import predict, tensors
 from secateurs.modules import Bypass
 from secateurs.passes.base import Context
 from secateurs.passes.cka_cluster import CkaCluster, neighbours
 from secateurs.passes.compared import cka_matrix, live_blocks
 from secateurs.plan import DropBlock, Plan
+from secateurs.recipe import settings_from
+from secateurs.settings import CkaClusterSettings
 from secateurs.surgery import applied
 
 
@@ -59,7 +62,29 @@ def test_a_round_that_would_remove_nothing_counts_as_rejected():
     assert not result.plan
     assert rounds(result) == []
     assert step._granularity == 4
-    assert [item.where for item in result.report.passes[0].skipped] == ["layers.1"]
+    assert {item.where for item in result.report.passes[0].skipped} == {"layers.0", "layers.1"}
+
+
+def test_where_nothing_goes_each_block_says_why():
+    """No two blocks are alike enough: every one of them is named with its CKA and the threshold."""
+    model, data = encoder(4), sequences(24)
+    result = run(model, data, CkaCluster(threshold=1.0))
+    assert not result.plan
+    reasons = {item.where: item.reason for item in result.report.passes[0].skipped}
+    assert reasons.pop("layers.0") == "the first block, with which the next ones are compared"
+    cka = cka_matrix(model, [f"layers.{number}" for number in range(4)], data)
+    assert reasons == {
+        f"layers.{number}": f"CKA {cka[number - 1, number]:.4f} with layers.{number - 1}, below `threshold` 1"
+        for number in (1, 2, 3)
+    }
+
+
+def test_a_first_granularity_beyond_the_last_is_refused():
+    with pytest.raises(ValueError, match="`granularity` 3 is above `max_granularity` 2, so that no round would run"):
+        CkaCluster(granularity=3, max_granularity=2)
+    with pytest.raises(RecipeError, match="`granularity` 3 is above `max_granularity` 2"):
+        settings_from(CkaClusterSettings, {"granularity": 3, "max_granularity": 2}, "passes.cka-cluster")
+    assert CkaCluster(granularity=2, max_granularity=2).settings.granularity == 2
 
 
 def test_similarity_is_measured_again_on_the_network_that_was_recovered():

@@ -12,7 +12,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -144,6 +144,8 @@ class CkaCluster(Pass):
                 self._proposed = len(plan)
                 return self._round(context, live, plan, skipped, self._details(similarity))
             self._granularity += 1
+        if not self._proposed:
+            skipped += _anchors(similarity.cka, blocks, settings.threshold)
         return Proposal(Plan(), _last_words(skipped), details=self._details(similarity))
 
     def _round(
@@ -198,6 +200,19 @@ class CkaCluster(Pass):
             "clusters": anchored_clusters(cka.numpy(), self.settings.threshold) if similarity.blocks else [],
             "granularity": self._granularity,
         }
+
+
+def _anchors(similarity: Tensor, blocks: Sequence[Block], threshold: float) -> Iterator[Skipped]:
+    """Yield why each block that could go is the first of its cluster, and so stays at every granularity."""
+    anchors = [cluster[0] for cluster in anchored_clusters(similarity.numpy(), threshold)]
+    for before, anchor in zip([None, *anchors], anchors, strict=False):
+        if not blocks[anchor].removable:
+            continue
+        reason = "the first block, with which the next ones are compared"
+        if before is not None:
+            value = float(similarity[before, anchor])
+            reason = f"CKA {value:.4f} with {blocks[before].path}, below `threshold` {threshold:g}"
+        yield Skipped(where=blocks[anchor].path, reason=reason)
 
 
 def _last_words(skipped: Sequence[Skipped]) -> tuple[Skipped, ...]:
