@@ -166,10 +166,11 @@ class Prefix:
         if not known and size * len(self._order) < SMALL * len(example):
             return set()
         hollow = {name: [_hollow(value) for value in values] for name, values in recorded.items()}
-        unread = known & set(recorded)
+        hollow = {name: values for name, values in hollow.items() if all(map(_is_hollow, values))}
+        unread = known & set(hollow)
         if unread and not self._exact(example, output, {**recorded, **{name: hollow[name] for name in unread}}):
             unread = set()
-        others = [name for name in recorded if name not in unread]
+        others = [name for name in hollow if name not in unread]
         return unread | {name for name in others if self._exact(example, output, {**recorded, name: hollow[name]})}
 
     def _record(
@@ -230,22 +231,30 @@ def _restore_forward(module: nn.Module) -> Callable[[], None]:
 
 def _copied(value: Any) -> Any:
     """Return an output with its tensors cloned, so that an operation in place does not reach the recording."""
-    if isinstance(value, Tensor):
-        return value if 0 in value.stride() else value.detach().clone()
-    if type(value) in (tuple, list):
-        return type(value)(map(_copied, value))
-    if isinstance(value, Mapping) and hasattr(value, "__dict__"):
-        return type(value)(**{name: _copied(item) for name, item in value.items()})  # a model output of transformers
-    return {name: _copied(item) for name, item in value.items()} if type(value) is dict else value
+    return _mapped(value, lambda tensor: tensor if 0 in tensor.stride() else tensor.detach().clone())
 
 
 def _hollow(value: Any) -> Any:
     """Return an output of the same shapes that takes no memory: one NaN, seen everywhere."""
+    return _mapped(
+        value, lambda tensor: torch.full((), float("nan")).to(tensor.dtype).to(tensor.device).expand(tensor.shape)
+    )
+
+
+def _is_hollow(value: Any) -> bool:
+    """Tell whether `_hollow` reached every tensor of an output: it knows no classes of the network's own."""
+    return all(tensor.untyped_storage().nbytes() <= tensor.element_size() for tensor in output_tensors(value))
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return an output with each of its tensors changed."""
     if isinstance(value, Tensor):
-        return torch.full((), float("nan")).to(value.dtype).to(value.device).expand(value.shape)
+        return change(value)
     if type(value) in (tuple, list):
-        return type(value)(map(_hollow, value))
-    return value
+        return type(value)(_mapped(item, change) for item in value)
+    if isinstance(value, Mapping) and hasattr(value, "__dict__"):  # a model output of transformers
+        return type(value)(**{name: _mapped(item, change) for name, item in value.items()})
+    return {name: _mapped(item, change) for name, item in value.items()} if type(value) is dict else value
 
 
 def _bytes(value: Any) -> int:

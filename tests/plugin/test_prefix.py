@@ -1,13 +1,14 @@
 """Forward passes that start in the middle equal whole ones, whatever lies between the layers."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
-from networks import dense, encoder, images, plain, residual, separable, sequences
+from networks import dense, encoder, images, plain, residual, separable, sequences, vectors
 from torch import nn
 
-from secateurs.forward import inference, predict
+from secateurs.forward import inference, output_tensors, predict
 from secateurs.prefix import Prefix, Timeline
 from secateurs.probe import execution_order
 
@@ -79,8 +80,6 @@ class Counting(nn.Module):
 
 def test_a_network_with_side_effects_is_run_whole():
     torch.manual_seed(0)
-    from networks import vectors
-
     model, data = Counting().eval(), vectors(6, 4)
     prefix = Prefix(model, data, ["second"], Timeline(model, data))
     assert prefix.modules == ()
@@ -96,6 +95,75 @@ def test_a_recording_that_is_too_large_is_not_made():
     small = Prefix(model, data, [last], Timeline(model, data), limit=100)
     assert small.modules == ()
     assert torch.equal(small.predict(), predict(model, data))
+
+
+class Output(dict):
+    """A mapping like those that transformers return."""
+
+
+class Translator(nn.Module):
+    """Every layer of the decoder reads what the encoder returned, in a container of the network's own."""
+
+    def __init__(self, wrap, read):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 64), Wrapping(wrap))
+        self.decoder = nn.ModuleList([nn.Linear(64, 4), nn.Linear(64, 4)])
+        self.head = nn.Linear(4, 3)
+        self.read = read
+
+    def forward(self, x):
+        memory = self.encoder(x)
+        for layer in self.decoder:
+            x = x + layer(self.read(memory))
+        return self.head(x)
+
+
+class Wrapping(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(x)
+
+
+CONTAINERS = pytest.mark.parametrize(
+    ("wrap", "read"),
+    [
+        (lambda x: Output(last=x), lambda memory: memory["last"]),
+        (lambda x: {"last": x}, lambda memory: memory["last"]),
+        (lambda x: (x, None), lambda memory: memory[0]),
+        (lambda x: SimpleNamespace(last=x), lambda memory: memory.last),
+    ],
+    ids=["model output", "dict", "tuple", "object"],
+)
+BYTES = 4 * 20
+"""Of one channel of 20 examples."""
+
+
+@CONTAINERS
+def test_what_is_still_read_counts_towards_the_limit_in_every_container(monkeypatch, wrap, read):
+    monkeypatch.setattr("secateurs.prefix.SMALL", 0)
+    model, data = Translator(wrap, read).eval(), vectors(20, 4)
+    timeline, before = Timeline(model, data.take([0, 1])), ["decoder.1"]
+    prefix = Prefix(model, data, before, timeline)
+    assert prefix.modules == ("encoder", "decoder.0")
+    assert torch.equal(prefix.predict(), predict(model, data))
+    assert Prefix(model, data, before, timeline, limit=(64 + 4) * BYTES).modules
+    assert Prefix(model, data, before, timeline, limit=(64 + 4) * BYTES - 1).modules == ()
+
+
+@CONTAINERS
+def test_what_is_not_read_any_more_takes_no_memory(monkeypatch, wrap, read):
+    monkeypatch.setattr("secateurs.prefix.SMALL", 0)
+    model, data = Translator(wrap, read).eval(), vectors(20, 4)
+    timeline = Timeline(model, data.take([0, 1]))
+    held = 64 if isinstance(wrap(torch.zeros(1)), SimpleNamespace) else 0  # whose tensors cannot be exchanged
+    prefix = Prefix(model, data, ["head"], timeline, limit=(held + 8) * BYTES)
+    assert prefix.modules == ("encoder", "decoder.0", "decoder.1")
+    assert torch.equal(prefix.predict(), predict(model, data))
+    stored = output_tensors(prefix._recorded[0]["encoder"])
+    assert sum(tensor.untyped_storage().nbytes() for tensor in stored) == (held * BYTES or 4)
 
 
 def test_recording_ends_with_the_last_module_that_is_recorded():
