@@ -11,22 +11,28 @@ from rich.tree import Tree
 
 from secateurs import cost
 from secateurs.blocks import find_blocks
-from secateurs.passes.compared import cka_matrix
+from secateurs.passes.compared import block_similarity
 from secateurs.passes.survey import checked_groups
 from secateurs.pipeline import Session
 from secateurs.settings import NodeSettings
+from secateurs.similarity import MINIMUM_EXAMPLES
 from secateurs.terminal import escape
 
 __all__ = ["inspect", "render"]
 
 
 def inspect(session: Session) -> dict[str, Any]:
-    """Return the blocks, groups, refusals, CKA map and cost of the baseline network, as plain data."""
+    """Return the blocks, groups, refusals, CKA map and cost of the baseline network, as plain data.
+
+    The rows and columns of the map are `cka_blocks`: blocks with a constant output have no CKA and are among `skipped`. Where there is no map
+    though there are blocks, `cka_reason` says why.
+    """
     context = session.context(session.baseline)
     model, example = context.model, context.example
     blocks = find_blocks(model, example, context.describe_blocks)
-    names = [block.path for block in blocks]
-    similarity = cka_matrix(model, names, context.calibration).tolist() if names else []
+    given = len(context.calibration)
+    few = given < MINIMUM_EXAMPLES and bool(blocks)
+    similarity = block_similarity(context, [] if few else blocks)
     groups, skipped = checked_groups(model, example, NodeSettings(), context.describe_attention)
     macs, parameters = cost.macs(model, example), cost.parameters(model)
     return {
@@ -42,7 +48,9 @@ def inspect(session: Session) -> dict[str, Any]:
             }
             for block in blocks
         ],
-        "cka": [[round(value, 6) for value in row] for row in similarity],
+        "cka": [[round(value, 6) for value in row] for row in similarity.cka.tolist()],
+        "cka_blocks": [block.path for block in similarity.blocks],
+        "cka_reason": f"CKA needs at least {MINIMUM_EXAMPLES} calibration examples, got {given}" if few else "",
         "groups": [
             {
                 "root": group.root,
@@ -51,7 +59,7 @@ def inspect(session: Session) -> dict[str, Any]:
             }
             for group in groups
         ],
-        "skipped": [item.model_dump() for item in skipped],
+        "skipped": [item.model_dump() for item in (*skipped, *similarity.skipped)],
     }
 
 
@@ -78,7 +86,9 @@ def render(found: Mapping[str, Any]) -> Iterator[RenderableType]:
             skipped.add(f"[yellow]{escape(item['where'])}[/] [dim]{escape(item['reason'])}[/]")
     yield tree
     if found["cka"]:
-        yield _cka_table([block["path"] for block in found["blocks"]], found["cka"])
+        yield _cka_table(found["cka_blocks"], found["cka"])
+    elif found["cka_reason"]:
+        yield f"[dim]no map of the blocks' similarity: {found['cka_reason']}[/]"
 
 
 def _add_group(tree: Tree, group: Mapping[str, Any]) -> None:
