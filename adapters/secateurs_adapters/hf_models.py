@@ -64,7 +64,7 @@ def load_hf(value: str, *, arguments: Mapping[str, Any], weights: Path | None, f
 
 
 def load_pruned(folder: str | Path) -> nn.Module:
-    """Rebuild the pruned Hugging Face network that a run left, whatever its shapes, in evaluation mode.
+    """Rebuild the pruned Hugging Face network that a run left, whatever its shapes, in evaluation mode and the precision it was saved in.
 
     Where a configuration describes it, `from_pretrained(folder + "/huggingface")` does the same without Secateurs.
 
@@ -86,8 +86,20 @@ def load_pruned(folder: str | Path) -> nn.Module:
     config = _config(source, settings)
     auto = _class(config, settings, source)
     if (home / FOLDER / checkpoint.WEIGHTS).is_file():
-        return _pretrained(auto, config, settings, source).eval()
-    return checkpoint.load(home, build=_random(auto, config, settings))
+        return _pretrained(auto, config, settings, source, dtype="auto").eval()
+    return _as_saved(checkpoint.load(home, build=_random(auto, config, settings)), home / checkpoint.WEIGHTS)
+
+
+def _as_saved(network: nn.Module, weights: Path) -> nn.Module:
+    """Give tensors that were loaded in float32 the types that they have in the file; all of its types fit into float32."""
+    from safetensors import safe_open
+
+    held = dict(network.named_parameters(remove_duplicate=False)) | dict(network.named_buffers(remove_duplicate=False))
+    with safe_open(weights, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no mapping
+            held[name].data = held[name].data.to(file.get_tensor(name).dtype)
+    network.config.dtype = network.dtype
+    return network
 
 
 def _plain_folder(value: str) -> str:
@@ -157,7 +169,7 @@ def _random(auto: Any, config: Any, settings: HfModelSettings) -> nn.Module:
     return network
 
 
-def _pretrained(auto: Any, config: Any, settings: HfModelSettings, source: str) -> nn.Module:
+def _pretrained(auto: Any, config: Any, settings: HfModelSettings, source: str, **how: Any) -> nn.Module:
     try:
         with quiet():
             network, told = auto.from_pretrained(
@@ -167,7 +179,7 @@ def _pretrained(auto: Any, config: Any, settings: HfModelSettings, source: str) 
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                **_how(settings),
+                **{**_how(settings), **how},
             )
     except Exception as error:
         raise ModelError(

@@ -110,13 +110,13 @@ def test_a_run_leaves_a_folder_that_from_pretrained_reloads(tmp_path, bert, revi
     assert load_recipe(out / "recipe.yaml").digest() != before, "other weights are another run"
 
 
-def uneven(folder, *, depth):
-    """Return a network whose second layer alone is narrower, without its third if asked for, saved as a run saves it."""
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "bert")
+def uneven(folder, *, depth, narrowed_layers=1, dtype=torch.float32):
+    """Return a network of which only so many layers are narrower, without its third if asked for, saved as a run saves it."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "bert", dtype=dtype)
     passes = [*([DEPTH] if depth else []), {"magnitude": {"target_units": 0.5, "heads": False, "refit": "none"}}]
     whole = secateurs.prune(model, full(IDS), [full(IDS.repeat(8, 1))], passes, evaluate=lambda _: 1.0).plan
     narrowed = [edit for edit in whole.edits if edit.edit == "remove_units"]
-    plan = Plan(edits=tuple(edit for edit in whole.edits if edit not in narrowed[1:]))
+    plan = Plan(edits=tuple(edit for edit in whole.edits if edit not in narrowed[narrowed_layers:]))
     pruned = applied(model, plan)
     (folder / "out").mkdir()
     checkpoint.save(pruned, plan, folder / "out")
@@ -138,6 +138,25 @@ def test_what_no_configuration_describes_fails_in_from_pretrained(tmp_path, bert
     assert torch.equal(logits(again, input_ids=IDS), logits(model, input_ids=IDS))
     with pytest.raises(ModelError, match="put all passes into one recipe"):
         load_hf(str(out), arguments={}, weights=None, folder=out)
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_a_network_comes_back_in_the_precision_it_was_saved_in(tmp_path, bert, described):
+    model, plan = uneven(tmp_path, depth=True, narrowed_layers=0 if described else 1, dtype=torch.bfloat16)
+    out = tmp_path / "out"
+    write_folder(model, plan, out, to_dataset(full(IDS)))
+    assert (out / "huggingface" / "model.safetensors").is_file() == described
+    again = load_pruned(out)
+    assert {value.dtype for value in again.parameters()} == {torch.bfloat16}
+    assert again.config.dtype == torch.bfloat16
+    assert torch.equal(logits(again, input_ids=IDS), logits(model, input_ids=IDS))
+    if not described:
+        model.classifier.float()
+        checkpoint.save(model, plan, out)
+        found, expected = (
+            {name: value.dtype for name, value in each.named_parameters()} for each in (load_pruned(out), model)
+        )
+        assert found == expected
 
 
 def test_a_plan_that_starts_from_a_pruned_network_is_refused(tmp_path, bert):
