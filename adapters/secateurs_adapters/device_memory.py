@@ -1,7 +1,7 @@
 """Memory of a GPU by the driver's count (NVML): what a file takes there beyond a one-node model.
 
 The driver counts whole devices, so nothing else may use the GPU meanwhile. onnxruntime's arena does not give memory back, so that what is held
-after the runs is the peak. The tests of this module are marked `gpu`; it has not been run on a GPU yet.
+after the runs is the peak. The tests of this module are marked `gpu`.
 
 Run as `python -m secateurs_adapters.device_memory REQUEST.json` this module is the measuring process.
 """

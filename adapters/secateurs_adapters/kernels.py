@@ -157,7 +157,7 @@ class KernelTable:
 
 
 def _median_ms(run: Callable[[], None]) -> float:
-    """Return the median over slices of a run's shortest time in each, in milliseconds: what it takes when nothing else interferes."""
+    """Return the least over slices of a run's median time in each, in milliseconds: what it takes when nothing else interferes."""
     run()
     clock = time.perf_counter_ns
     best = []
