@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from secateurs.budget import Budget, parse_budget
 from secateurs.data import ROLES
+from secateurs.digests import file_digest, module_files
 from secateurs.errors import RecipeError, UserError, shown, unknown_name
 from secateurs.plain_yaml import MAX_DEPTH, load_yaml, read_yaml, to_yaml
 from secateurs.settings import (
@@ -132,16 +133,28 @@ class Recipe(_Section):
         }
         return to_yaml(body)
 
-    def digest(self) -> str:
-        """Return a hash of everything in the recipe, and of the weights file, that determines the result."""
-        hashed = hashlib.sha256(json.dumps(read_yaml(self.to_yaml(), "the recipe"), sort_keys=True).encode())
-        if self.model.weights is not None and self.model.weights.is_file():
-            hashed.update(self.model.weights.read_bytes())
-        if self.model.loader == "hf":
-            # A folder; of a name on the hub there is nothing here to read.
-            for path in (*Path(self.model.value).glob("*.safetensors"), *Path(self.model.value).glob("config.json")):
-                hashed.update(path.name.encode() + path.read_bytes())
-        return hashed.hexdigest()
+    def files(self) -> Iterator[Path]:
+        """Yield the files and folders that determine the result: weights, data, whatever else an option names, and the factory's modules.
+
+        Of a name on a hub there is nothing here to read.
+        """
+        named = [self.model.weights, self.model.value, *_texts(self.model.arguments)]
+        named += [text for spec in self.data.values() for text in _texts(spec.options)]
+        yield from (Path(name) for name in named if name and _exists(str(name)))
+        if self.model.loader == "factory":
+            yield from sorted(module_files(self.model.value.partition(":")[0], self.folder))
+
+    def digest(self, without: Path | None = None) -> str:
+        """Return a hash of everything that determines the result: the recipe, and the content of its `files`.
+
+        Args:
+            without: a folder whose content does not count where it lies in one of these: the output.
+        """
+        parts = {
+            "recipe": read_yaml(self.to_yaml(), "the recipe"),
+            "files": {str(path): file_digest(path, without) for path in self.files()},
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 _KEYS = (
@@ -308,6 +321,15 @@ def _file(value: Any, where: str) -> Path:
     if not isinstance(value, str):
         raise RecipeError(f"`{where}` must be a path, got {shown(value)}.")
     return Path(value).absolute()
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in nested options that could be a path."""
+    if isinstance(value, str) and 0 < len(value) < 1024 and "\0" not in value and "\n" not in value:
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _exists(value: str) -> bool:

@@ -413,7 +413,11 @@ class Environment(_Form):
 
 
 class Report(_Form):
-    """The whole report; `report.json` is this, as JSON."""
+    """The whole report; `report.json` is this, as JSON.
+
+    Attributes:
+        digest: hash of the recipe, weights, data and factory that it is about; null where there is no recipe.
+    """
 
     schema_version: Literal[1] = 1
     verdict: Status
@@ -428,6 +432,7 @@ class Report(_Form):
     variants: list[Variant] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
     environment: Environment
+    digest: str | None = None
     seconds: float | None = None
 
     def to_json(self) -> str:

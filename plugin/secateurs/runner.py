@@ -240,10 +240,11 @@ def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bo
     """
     began = time.perf_counter()
     recipe, session = prepared.recipe, prepared.session
-    finished = _on_main(lambda: _open_folder(output, recipe, resume=resume, overwrite=overwrite))
+    digest = recipe.digest(without=output)
+    finished = _on_main(lambda: _open_folder(output, digest, resume=resume, overwrite=overwrite))
     if finished is not None:
         return finished
-    pruned = _prune(prepared, output)
+    pruned = _prune(prepared, output, digest)
     outcome = pruned.outcome
     model = copy.deepcopy(outcome.model)
     if recipe.recovery.epochs and outcome.plan.removes:
@@ -253,6 +254,7 @@ def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bo
     report.notes += session.roles.notes
     report.passes = list(outcome.records)
     report.trials = pruned.trials
+    report.digest = digest
     report.seconds = time.perf_counter() - began
     if processes.is_main():
         checkpoint.save(model, outcome.plan, output)
@@ -265,16 +267,16 @@ def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bo
     return report
 
 
-def _prune(prepared: Prepared, output: Path) -> Pruned:
+def _prune(prepared: Prepared, output: Path, digest: str) -> Pruned:
     """Run the passes, or the search, from where an interrupted run stood."""
-    recipe, session = prepared.recipe, prepared.session
+    session = prepared.session
     if prepared.search is not None:
-        _write_state(output, recipe, Outcome(session.baseline))
+        _write_state(output, digest, Outcome(session.baseline))
         found = prepared.search.run(output / STATE / "trials")
         return Pruned(found.outcome, found.trials(output / PLANS))
-    start = _load_state(output, recipe, session)
+    start = _load_state(output, digest, session)
     outcome = run_passes(
-        session, prepared.passes, prepared.manager, start, after=lambda done: _save_state(output, recipe, done)
+        session, prepared.passes, prepared.manager, start, after=lambda done: _save_state(output, digest, done)
     )
     return Pruned(outcome, [])
 
@@ -307,8 +309,8 @@ def _finish(prepared: Prepared, outcome: Outcome, model: nn.Module, output: Path
     return report
 
 
-def _open_folder(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Report | None:
-    """Make the output folder ready; return the report if the same recipe has been finished in it and is resumed."""
+def _open_folder(output: Path, digest: str, *, resume: bool, overwrite: bool) -> Report | None:
+    """Make the output folder ready; return the report if the run of this digest has been finished in it and is resumed."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"the output {str(output)!r} is not a plain folder; choose another with `--output`.")
     refuse_links(output)
@@ -324,10 +326,10 @@ def _open_folder(output: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
     )  # else it was killed before it had said whose folder this is
     if resume and begun:
         known = _digest_of(state) if state.exists() else _digest_of_finished(output)
-        if known != recipe.digest():
+        if known != digest:
             raise UserError(
-                f"the output folder {str(output)!r} holds a run of another recipe; `--resume` needs the same recipe, options and weights. "
-                f"Give `--overwrite` or another `--output`."
+                f"the output folder {str(output)!r} holds a run of another recipe, or its weights, its data or the code of its factory have "
+                "changed; `--resume` needs all of them the same. Give `--overwrite` or another `--output`."
             )
         if not state.exists():
             found = Report.load(output / "report.json")
@@ -398,25 +400,25 @@ def _digest_of(state: Path) -> str | None:
 
 
 def _digest_of_finished(output: Path) -> str | None:
-    """Return the digest of the recipe that a finished run left, or None where there is none."""
+    """Return the digest of the finished run in a folder, or None where there is none; a report without one stands for the files of today."""
     if not (output / "report.json").exists() or not (output / "recipe.yaml").exists():
         return None
-    return load_recipe(output / "recipe.yaml").digest()
+    return Report.load(output / "report.json").digest or load_recipe(output / "recipe.yaml").digest(without=output)
 
 
-def _save_state(output: Path, recipe: Recipe, outcome: Outcome) -> None:
+def _save_state(output: Path, digest: str, outcome: Outcome) -> None:
     """Keep what a resumed run needs; the file that names the state is written last."""
     if processes.is_main():
         checkpoint.save(outcome.model, outcome.plan, output / STATE / f"pass{len(outcome.records)}")
-    _write_state(output, recipe, outcome)
+    _write_state(output, digest, outcome)
 
 
-def _write_state(output: Path, recipe: Recipe, outcome: Outcome) -> None:
+def _write_state(output: Path, digest: str, outcome: Outcome) -> None:
     """Write whose state the folder holds, and how far the passes are."""
     if not processes.is_main():
         return
     body = _State(
-        digest=recipe.digest(),
+        digest=digest,
         finished=len(outcome.records),
         records=list(outcome.records),
         shortfalls=list(outcome.shortfalls),
@@ -424,9 +426,9 @@ def _write_state(output: Path, recipe: Recipe, outcome: Outcome) -> None:
     write_text(output / STATE / "state.json", body.model_dump_json())
 
 
-def _load_state(output: Path, recipe: Recipe, session: Session) -> Outcome:
+def _load_state(output: Path, digest: str, session: Session) -> Outcome:
     state = output / STATE / "state.json"
-    if not state.exists() or _digest_of(state) != recipe.digest():
+    if not state.exists() or _digest_of(state) != digest:
         return Outcome(session.baseline)
     body = read_form(state, _State, "state of a run")
     folder = output / STATE / f"pass{body.finished}"

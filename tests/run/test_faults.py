@@ -21,8 +21,10 @@ from secateurs import cli, report
 from secateurs.errors import SecateursError, UserError
 from secateurs.faults import told
 from secateurs.plan import Plan
+from secateurs.proof import environment
 from secateurs.recipe import load_recipe
 from secateurs.runner import OUTPUTS, STATE, _open_folder
+from secateurs.shipping import Shipping
 from secateurs_adapters.fresh import in_fresh_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,14 +169,48 @@ def test_values_that_are_not_finite_are_refused_before_anything_is_written(secat
 
 def test_a_run_that_was_killed_at_its_very_start_is_resumed(tmp_path):
     """The folder is there, and nothing in it says yet whose it is."""
-    recipe = load_recipe(ROOT / RECIPE)
+    digest = load_recipe(ROOT / RECIPE).digest()
     (tmp_path / STATE).mkdir()
     (tmp_path / STATE / ".state.json.abc.partial").touch()
     (tmp_path / ".model.onnx.abc.partial").mkdir()
     with pytest.raises(UserError, match="another recipe"):
-        _open_folder(tmp_path, recipe, resume=True, overwrite=False)
+        _open_folder(tmp_path, digest, resume=True, overwrite=False)
     (tmp_path / ".model.onnx.abc.partial").rmdir()
-    assert _open_folder(tmp_path, recipe, resume=True, overwrite=False) is None
+    assert _open_folder(tmp_path, digest, resume=True, overwrite=False) is None
+
+
+def test_resume_refuses_data_that_have_changed(secateurs, tmp_path, monkeypatch):
+    """An interrupted run whose passes are over goes on with the same data alone."""
+    out, file = tmp_path / "out", tmp_path / "train.npz"
+    generator = np.random.default_rng(0)
+    labels = np.arange(64) % 10
+    np.savez(file, images=generator.random((64, 1, 8, 8), dtype=np.float32), labels=labels)
+    before = file.read_bytes()
+    options = [*QUICK, f"data.calibration={{source: npz, file: {file}}}", "recovery={epochs: 0}"]
+    command = ["run", RECIPE, "--output", out, *(part for item in options for part in ("--set", item))]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Shipping, "prove", interrupt)
+    assert secateurs(*command).code == 3
+    assert (out / STATE / "pass1").is_dir()
+    np.savez(file, images=generator.random((64, 1, 8, 8), dtype=np.float32), labels=labels)
+    refused = secateurs(*command, "--resume")
+    assert refused.code == 2
+    assert "its data" in refused.err
+    assert "--overwrite" in refused.err
+    file.write_bytes(before)
+    assert secateurs(*command, "--resume").code == 3, "it goes on to where it is interrupted again"
+
+
+def test_a_finished_run_is_known_by_what_it_was_made_from(tmp_path):
+    made = report.Report(verdict="pass", environment=environment(0, 1), digest="a" * 64)
+    (tmp_path / "report.json").write_text(made.to_json())
+    (tmp_path / "recipe.yaml").write_bytes((ROOT / RECIPE).read_bytes())
+    assert _open_folder(tmp_path, "a" * 64, resume=True, overwrite=False) == made
+    with pytest.raises(UserError, match="its data or the code of its factory have changed"):
+        _open_folder(tmp_path, "b" * 64, resume=True, overwrite=False)
 
 
 def _kill_and_resume(folder: Path, kills: int, seed: int) -> None:

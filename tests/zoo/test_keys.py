@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -90,11 +89,3 @@ def _spec_in(folder):
 
     places = [str(folder / "plugin"), str(folder / "adapters")]
     return lambda name: PathFinder.find_spec(name, places)
-
-
-def test_a_file_has_its_sha256_and_a_folder_that_of_names_and_contents(tmp_path):
-    (tmp_path / "a").write_bytes(b"1")
-    assert keys.file_digest(tmp_path / "a") == hashlib.sha256(b"1").hexdigest()
-    first = keys.file_digest(tmp_path)
-    (tmp_path / "a").rename(tmp_path / "b")
-    assert keys.file_digest(tmp_path) != first
