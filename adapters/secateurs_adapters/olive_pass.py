@@ -389,7 +389,8 @@ def _with_processors(recipe: Recipe, network: str, manager: Manager) -> Recipe:
     """Return a recipe whose data is read with the processor of the input network, where it takes one and names none."""
     data = dict(recipe.data)
     for role, spec in recipe.data.items():
-        if "processor" in manager.registries.datasets[spec.source].load_settings().model_fields:
+        settings = manager.registries.datasets[spec.source].load_settings()
+        if settings is not None and "processor" in settings.model_fields:
             data[role] = spec.model_copy(update={"options": {"processor": network, **spec.options}})
     return recipe.model_copy(update={"data": data})
 

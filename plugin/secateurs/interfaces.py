@@ -121,7 +121,7 @@ class ModelLoader(Protocol):
 
 
 class DatasetLoader(Protocol):
-    """Reads one data source; `settings` is an instance of the pydantic model registered with it."""
+    """Reads one data source; `settings` is an instance of the pydantic model registered with it, or None where there is none."""
 
     def __call__(self, settings: Any) -> Dataset:
         """Return the examples.

@@ -246,12 +246,23 @@ def parse_recipe(data: Any, *, folder: Path, overrides: Sequence[str] = ()) -> R
         raise RecipeError(_explain(error, "")) from None
 
 
-def settings_from(model: type[BaseModel], options: Mapping[str, Any], where: str) -> Any:
+def settings_from(model: type[BaseModel] | None, options: Mapping[str, Any], where: str) -> Any:
     """Build a settings object from options, with the nearest known name for an unknown key.
+
+    Args:
+        model: of the settings; None, as a plugin registers what takes no options, makes None.
+        options: by name.
+        where: what messages call them.
 
     Raises:
         RecipeError: an unknown key or a value that is not allowed.
     """
+    if model is None:
+        if options:
+            raise RecipeError(
+                f"`{where}` takes no options, got {', '.join(map(str, options))}; leave them out, or let its plugin register `settings`."
+            )
+        return None
     for key in options:
         if key not in model.model_fields:
             raise RecipeError(f"{where}: " + unknown_name("option", str(key), model.model_fields))

@@ -169,12 +169,11 @@ def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent]
 def _exporter(recipe: Recipe, manager: Manager) -> Exporter:
     """Return the recipe's exporter, made with its options where it takes any."""
     entry, options = manager.registries.exporters[recipe.export.exporter], recipe.export.options
-    if entry.settings is None:
-        if options:
-            raise RecipeError(f"`export.options`: the exporter {entry.name!r} takes none, got {', '.join(options)}.")
+    settings = settings_from(entry.load_settings(), options, "export.options")
+    if settings is None:
         return entry.make()
     make: Any = entry.load()
-    exporter: Exporter = make(settings_from(entry.load_settings(), options, "export.options"))
+    exporter: Exporter = make(settings)
     return exporter
 
 

@@ -31,7 +31,7 @@ def load_examples(spec: DataSpec, where: str, manager: Manager, *, network: str 
     """
     entry = manager.registries.datasets[spec.source]
     model, options = entry.load_settings(), dict(spec.options)
-    if network is not None and "processor" in model.model_fields:
+    if network is not None and model is not None and "processor" in model.model_fields:
         options.setdefault("processor", network)
     return entry.load()(settings_from(model, options, where))
 
