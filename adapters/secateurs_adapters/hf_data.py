@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from secateurs.data import Dataset
+from secateurs.data import IGNORED, Dataset
 from secateurs.errors import DataError, unknown_name
 from secateurs_adapters.hf_models import quiet
 from secateurs_adapters.hf_settings import HfDataSettings
@@ -24,8 +24,6 @@ from secateurs_adapters.hf_settings import HfDataSettings
 __all__ = ["load_hf"]
 
 Array = npt.NDArray[Any]
-IGNORED = -100
-"""The label of what counts for nothing, as PyTorch and Hugging Face have it."""
 CHUNK = 256
 """Examples that are prepared at a time."""
 _BUILDERS = {

@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from secateurs.data import IGNORED
 from secateurs.errors import DataError
 
-__all__ = ["Accuracy", "F1Macro", "TopFiveAccuracy", "accuracy", "f1_macro", "top5_accuracy"]
+__all__ = ["Accuracy", "F1Macro", "TopFiveAccuracy", "accuracy"]
 
 Array = npt.NDArray[Any]
-
-IGNORED = -100
-"""The label of a token that does not count, as PyTorch and Hugging Face have it."""
 
 
 class Accuracy:
@@ -85,8 +83,6 @@ class F1Macro:
 
 
 accuracy = Accuracy()
-top5_accuracy = TopFiveAccuracy()
-f1_macro = F1Macro()
 
 
 def _counted(labels: Array) -> npt.NDArray[np.bool_]:

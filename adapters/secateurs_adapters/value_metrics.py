@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from secateurs.data import IGNORED
 from secateurs.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["MeanAbsoluteError", "MeanIoU", "MeanSquaredError", "Perplexity", "Spearman"]
 
 Array = npt.NDArray[Any]
-
-IGNORED = -100
-"""The label of a token or pixel that does not count."""
 
 
 @contextmanager

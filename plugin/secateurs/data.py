@@ -16,9 +16,11 @@ import numpy.typing as npt
 
 from secateurs.errors import DataError
 
-__all__ = ["ROLES", "Dataset", "Roles", "resolve_roles", "stratified_split"]
+__all__ = ["IGNORED", "ROLES", "Dataset", "Roles", "resolve_roles", "stratified_split"]
 
 ROLES = ("calibration", "training", "validation", "evaluation")
+IGNORED = -100
+"""The label of what counts for nothing, as PyTorch and Hugging Face have it."""
 DUPLICATES_ALLOWED = 0.01
 """Share of a role's examples that may be exact duplicates of another role's before the two count as overlapping."""
 

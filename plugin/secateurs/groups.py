@@ -50,7 +50,6 @@ __all__ = ["Group", "Limits", "Member", "WidthAttribute", "find_groups", "group_
 Index = npt.NDArray[np.int64]
 
 _LOCK = threading.Lock()
-_MAX_VALID_DIM = 100
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
+from secateurs.layers import CONVOLUTIONS
+
 __all__ = ["Moments", "PairedMoments", "Positions", "patches", "rows_of_output", "token_rows", "unit_columns"]
 
 Array = npt.NDArray[np.bool_]
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Positions:
@@ -44,7 +45,7 @@ class Positions:
 
 def output_positions(layer: nn.Module, output: Tensor) -> int:
     """Return how many positions per example a layer's output has."""
-    if isinstance(layer, _CONVOLUTIONS):
+    if isinstance(layer, CONVOLUTIONS):
         return math.prod(output.shape[2:])
     return math.prod(output.shape[1:-1])
 
@@ -53,7 +54,7 @@ def rows_of_output(layer: nn.Module, output: Tensor, positions: Tensor) -> Tenso
     """Return a layer's output at some positions, shape `(examples * positions, channels)`."""
     flat = (
         output.flatten(2).transpose(1, 2)
-        if isinstance(layer, _CONVOLUTIONS)
+        if isinstance(layer, CONVOLUTIONS)
         else output.reshape(len(output), -1, output.shape[-1])
     )
     return flat[:, positions].flatten(0, 1)
@@ -68,7 +69,7 @@ def token_rows(layer: nn.Module, output: Tensor, positions: Tensor, tokens: Arra
         positions: those that were drawn.
         tokens: of the batch, shape `(examples, length)`, or None where nothing is padded.
     """
-    if tokens is None or isinstance(layer, _CONVOLUTIONS) or output.shape[:-1] != tokens.shape:
+    if tokens is None or isinstance(layer, CONVOLUTIONS) or output.shape[:-1] != tokens.shape:
         return None
     return torch.from_numpy(tokens).to(output.device)[:, positions].flatten()
 
@@ -84,7 +85,7 @@ def patches(layer: nn.Module, value: Tensor, positions: Tensor) -> Tensor:
     Returns:
         Shape `(examples * positions, d)` with `d = in_channels * prod(kernel_size)`, channel-major as in `layer.weight.flatten(1)`.
     """
-    if not isinstance(layer, _CONVOLUTIONS):
+    if not isinstance(layer, CONVOLUTIONS):
         return value.reshape(len(value), -1, value.shape[-1])[:, positions].flatten(0, 1)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(value, layer._reversed_padding_repeated_twice, mode)
@@ -109,7 +110,7 @@ def unit_columns(layer: nn.Module, channels: Tensor) -> Tensor:
     Returns:
         Shape `(units, channels_per_unit * prod(kernel_size))`.
     """
-    size = math.prod(layer.kernel_size) if isinstance(layer, _CONVOLUTIONS) else 1
+    size = math.prod(layer.kernel_size) if isinstance(layer, CONVOLUTIONS) else 1
     return (channels[..., None] * size + torch.arange(size)).flatten(1)
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
+from secateurs.data import IGNORED
+
 __all__ = [
-    "IGNORED",
     "kl_divergence",
     "label_loss",
     "own_labels",
@@ -26,9 +27,6 @@ __all__ = [
     "soft_loss",
     "unsure_temperature",
 ]
-
-IGNORED = -100
-"""The label of what counts for nothing, as PyTorch and Hugging Face have it."""
 
 
 def prediction_rows(prediction: Tensor) -> Tensor:

@@ -10,11 +10,10 @@ from torch import nn
 
 from secateurs.data import Dataset
 from secateurs.forward import call, predict
+from secateurs.layers import NORMS
 from secateurs.outputs import kl_divergence
 
 __all__ = ["estimate_statistics", "recalibrate"]
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def recalibrate(
@@ -79,4 +78,4 @@ def estimate_statistics(model: nn.Module, data: Dataset, *, batch_size: int = 12
 
 
 def _norms(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, _NORMS) and module.track_running_stats]
+    return [module for module in model.modules() if isinstance(module, NORMS) and module.track_running_stats]

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from secateurs import processes, training_state
-from secateurs.data import Dataset
+from secateurs.data import IGNORED, Dataset
 from secateurs.errors import RecipeError, SecateursError
 from secateurs.forward import call, device_of, inference, logits
 from secateurs.loops import Loop, check_loop, open_loop
-from secateurs.outputs import IGNORED, label_loss, prediction_rows, soft_loss
+from secateurs.outputs import label_loss, prediction_rows, soft_loss
 from secateurs.settings import RecoverySettings
 from secateurs.training_state import TrainingState
 

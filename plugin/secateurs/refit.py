@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from secateurs.data import Dataset
 from secateurs.forward import call, inference
-from secateurs.layers import as_weight, is_matrix_layer, weight_dims, weight_matrix, widths_of
+from secateurs.layers import NORMS, as_weight, is_matrix_layer, weight_dims, weight_matrix, widths_of
 from secateurs.moments import PairedMoments, Positions, output_positions, patches, rows_of_output, token_rows
 from secateurs.plan import Plan
 from secateurs.prefix import Prefix, Timeline
@@ -33,8 +33,6 @@ from secateurs.probe import sweep
 from secateurs.rows import ROWS
 
 __all__ = ["Solution", "following_norms", "install", "paired_moments", "refit", "refittable", "solve"]
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def following_norms(model: nn.Module, example: Dataset) -> dict[str, str]:
                 produced[id(output)] = (name, output, output._version)
 
             handles.append(module.register_forward_hook(remember))
-        elif isinstance(module, _NORMS) and module.track_running_stats:
+        elif isinstance(module, NORMS) and module.track_running_stats:
 
             def match(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
                 if id(args[0]) in produced and produced[id(args[0])][2] == args[0]._version:

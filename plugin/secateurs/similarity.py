@@ -27,7 +27,7 @@ from torch import Tensor
 from secateurs.data import Dataset
 from secateurs.errors import DataError
 
-__all__ = ["CkaAccumulator", "Estimator", "centred_gram", "linear_cka", "pooled"]
+__all__ = ["CkaAccumulator", "Estimator", "linear_cka", "pooled"]
 
 Estimator = Literal["unbiased", "biased"]
 MINIMUM_EXAMPLES = 4
@@ -35,19 +35,6 @@ LEAST_SPREAD = 1 / 4
 """Share of the features' squared norm that their spread around the mean has to make up for float32 to hold it without centring."""
 PIECE = 2048
 """About the width of the pieces into which the features are cut for one Gram matrix."""
-
-
-def centred_gram(x: Tensor, estimator: Estimator = "unbiased") -> Tensor:
-    """Return the centred Gram matrix of features, flattened to a row.
-
-    Args:
-        x: features, shape `(n, ...)`; everything after the first axis is flattened.
-        estimator: U-centred with zero diagonal (`unbiased`), or doubly centred (`biased`).
-
-    Returns:
-        Shape `(n * n,)`, float64.
-    """
-    return _centred(_gram(x)[None], estimator).flatten()
 
 
 def pooled(outputs: Tensor, tokens: Tensor) -> Tensor:

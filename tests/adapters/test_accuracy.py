@@ -11,7 +11,7 @@ from scipy import stats
 from secateurs.data import Dataset
 from secateurs.errors import DataError
 from secateurs_adapters.accuracy import agreement, compare_accuracy, score
-from secateurs_adapters.metrics import accuracy, f1_macro, top5_accuracy
+from secateurs_adapters.metrics import F1Macro, TopFiveAccuracy, accuracy
 from secateurs_adapters.session import Session
 
 CLASSES = 7
@@ -86,14 +86,14 @@ def test_a_metric_without_examples_has_no_interval_and_its_direction_counts(file
 def test_top5_and_macro_f1_match_their_definitions(files):
     _, data, scores, _ = files
     ranks = (scores > scores[np.arange(300), data.labels][:, None]).sum(1)
-    assert top5_accuracy.value(scores, data.labels) == pytest.approx((ranks < 5).mean())
+    assert TopFiveAccuracy().value(scores, data.labels) == pytest.approx((ranks < 5).mean())
     predicted = scores.argmax(1)
     parts = []
     for label in range(CLASSES):
         true = ((predicted == label) & (data.labels == label)).sum()
         parts.append(2 * true / ((predicted == label).sum() + (data.labels == label).sum()))
-    assert f1_macro.value(scores, data.labels) == pytest.approx(np.mean(parts), abs=1e-6)
-    assert f1_macro.per_example(scores, data.labels) is None
+    assert F1Macro().value(scores, data.labels) == pytest.approx(np.mean(parts), abs=1e-6)
+    assert F1Macro().per_example(scores, data.labels) is None
 
 
 @settings(max_examples=30, deadline=None)
@@ -101,11 +101,11 @@ def test_top5_and_macro_f1_match_their_definitions(files):
 def test_the_metrics_agree_with_their_mean_over_examples(n, classes, seed):
     generator = np.random.default_rng(seed)
     outputs, labels = generator.normal(size=(n, classes)), generator.integers(0, classes, n)
-    for metric in (accuracy, top5_accuracy):
+    for metric in (accuracy, TopFiveAccuracy()):
         right = metric.per_example(outputs, labels)
         assert right.mean() == pytest.approx(metric.value(outputs, labels))
         assert score(metric, outputs, labels)[0].value == pytest.approx(right.mean())
-    assert (accuracy.per_example(outputs, labels) <= top5_accuracy.per_example(outputs, labels)).all()
+    assert (accuracy.per_example(outputs, labels) <= TopFiveAccuracy().per_example(outputs, labels)).all()
 
 
 def test_one_label_per_token_gives_a_share_without_interval():
@@ -125,7 +125,7 @@ def test_one_label_per_token_gives_a_share_without_interval():
     ],
 )
 def test_labels_that_do_not_fit_are_explained(outputs, labels, message):
-    for metric in (accuracy, f1_macro):
+    for metric in (accuracy, F1Macro()):
         with pytest.raises(DataError, match=message):
             metric.value(outputs, labels)
 

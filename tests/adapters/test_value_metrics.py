@@ -8,10 +8,10 @@ from scipy.special import log_softmax
 from scipy.stats import spearmanr
 from sklearn.metrics import jaccard_score
 
+from secateurs.data import IGNORED
 from secateurs.errors import DataError
 from secateurs_adapters.metrics import Accuracy, F1Macro
 from secateurs_adapters.value_metrics import (
-    IGNORED,
     MeanAbsoluteError,
     MeanIoU,
     MeanSquaredError,

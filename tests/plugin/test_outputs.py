@@ -9,8 +9,8 @@ from scipy.special import rel_entr, softmax
 from torch import nn
 from torch.nn import functional
 
+from secateurs.data import IGNORED
 from secateurs.outputs import (
-    IGNORED,
     kl_divergence,
     label_loss,
     own_labels,

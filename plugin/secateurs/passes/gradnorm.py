@@ -27,11 +27,11 @@ import torch
 from torch import nn
 
 from secateurs.blocks import Block
-from secateurs.data import Dataset
+from secateurs.data import IGNORED, Dataset
 from secateurs.errors import ModelError
 from secateurs.forward import call, frozen_randomness, logits, predict
 from secateurs.interfaces import ProgressEvent
-from secateurs.outputs import IGNORED, label_loss, own_labels, prediction_rows
+from secateurs.outputs import label_loss, own_labels, prediction_rows
 from secateurs.passes.base import Context
 from secateurs.passes.depth import Removal, dropping
 from secateurs.report import Skipped
