@@ -38,11 +38,14 @@ _LARGEST_BATCH = 64
 
 @dataclass(frozen=True)
 class Comparison:
-    """The metric of both files, and the drop from baseline to candidate (positive is worse), with the pairs behind it."""
+    """The metric of both files, and the drop from baseline to candidate (positive is worse), with the pairs behind it.
+
+    The drop is None where the candidate's metric is not finite.
+    """
 
     baseline: Accuracy
     candidate: Accuracy
-    drop: Estimate
+    drop: Estimate | None
     pairs: Pairs | None = None
 
 
@@ -62,7 +65,7 @@ def compare_accuracy(
         Both metrics and the drop, as fractions; baseline minus candidate where higher is better, else the reverse.
 
     Raises:
-        DataError: there are no labels, or data, files and metric do not fit each other.
+        DataError: there are no labels, data, files and metric do not fit each other, or the baseline's metric is not finite.
     """
     if evaluation.labels is None:
         raise DataError(
@@ -72,6 +75,13 @@ def compare_accuracy(
     before, after = (_first(outputs) for outputs in _dataset_runs(baseline, candidate, evaluation.inputs, batch_size))
     first, right_before = score(metric, before, evaluation.labels)
     second, right_after = score(metric, after, evaluation.labels)
+    if first.value is None:
+        raise DataError(
+            f"{metric.name} of {baseline.path.name!r} is NaN or infinite on data set {evaluation.origin!r}, so that nothing can be compared "
+            "with it; look for examples on which the network overflows, or choose another metric."
+        )
+    if second.value is None:
+        return Comparison(first, second, None)
     if right_before is None or right_after is None:
         drop = first.value - second.value if metric.higher_is_better else second.value - first.value
         return Comparison(first, second, Estimate(value=drop))

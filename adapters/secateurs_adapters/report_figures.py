@@ -174,6 +174,8 @@ def _files_figure(report: Report) -> Figure | None:
         if target is None or target.latency_ms is None or target.accuracy is None:
             return None
         found = target.accuracy
+        if found.value is None:
+            continue
         low, high = found.ci95 or (None, None)
         points.append(Point(name, target.latency_ms.p50, found.value, kind, f"{found.n} examples", low, high))
     metric = report.baseline.targets[0].accuracy.metric if report.baseline.targets[0].accuracy else "metric"

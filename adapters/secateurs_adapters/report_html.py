@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from secateurs.report import write_text
-from secateurs.tables import TRIAL_HEADINGS, VARIANT_HEADINGS, figure_rows, trial_rows, variant_rows
+from secateurs.tables import TRIAL_HEADINGS, VARIANT_HEADINGS, figure_rows, metric_text, trial_rows, variant_rows
 from secateurs_adapters.report_figures import details_of, figures_of_pass, figures_of_report
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ def _tiles(report: Report) -> Iterator[_Tile]:
         peaks = f"{first.peak_memory_bytes / _MIB:.3g} → {second.peak_memory_bytes / _MIB:.3g} MiB"
         yield _Tile("peak memory", f"{_TIMES} {share_of.peak_memory:.2f}", peaks)
     if first.accuracy is not None and second.accuracy is not None:
-        yield _Tile(first.accuracy.metric, f"{second.accuracy.value:.4g}", f"was {first.accuracy.value:.4g}")
+        was, now = (metric_text(one, ".4g") for one in (first.accuracy, second.accuracy))
+        yield _Tile(first.accuracy.metric, now, f"was {was}")
 
 
 # --- the page -----------------------------------------------------------------------------------------------------------------------------

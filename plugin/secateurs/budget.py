@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from secateurs.errors import BudgetError, unknown_name
 from secateurs.intervals import paired_difference_interval
-from secateurs.report import BudgetRow, Estimate, Ratios, Side, Status, TargetFigures, TargetRatios
+from secateurs.report import Accuracy, BudgetRow, Estimate, Ratios, Side, Status, TargetFigures, TargetRatios
 
 __all__ = ["MIB", "Budget", "accuracy_row", "judge", "parse_budget", "verdict"]
 
@@ -99,7 +99,7 @@ def _target_rows(
     processes = None if latency is None else latency.processes
     peak = figures.peak_memory_bytes if figures else None
     return [
-        accuracy_row(budget, label, ratios),
+        accuracy_row(budget, label, ratios, figures.accuracy if figures else None),
         _interval_row("latency_ratio", label, budget.latency_ratio, ratios.latency_p50, processes),
         _interval_row("latency_ms", label, budget.latency_ms, typical, processes),
         _row("peak_memory_mib", label, budget.peak_memory_mib, _scaled(peak, MIB)),
@@ -141,9 +141,21 @@ def _interval_row(
     )
 
 
-def accuracy_row(budget: Budget, target: str | None, ratios: TargetRatios) -> BudgetRow | None:
-    """Gate on the point drop, or on the exact paired interval at the confidence asked for; None without a limit."""
+def accuracy_row(
+    budget: Budget, target: str | None, ratios: TargetRatios, accuracy: Accuracy | None = None
+) -> BudgetRow | None:
+    """Gate on the point drop, or on the exact paired interval at the confidence asked for; None without a limit.
+
+    Args:
+        budget: the ceilings.
+        target: where it was measured.
+        ratios: the drop, and the pairs behind it.
+        accuracy: of the candidate; one that is not finite fails.
+    """
     limit, drop, pairs = budget.accuracy_drop, ratios.accuracy_drop, ratios.accuracy_pairs
+    if limit is not None and accuracy is not None and accuracy.value is None:
+        reason = f"{accuracy.metric} of the candidate is not finite"
+        return BudgetRow(name="accuracy_drop", target=target, limit=limit, measured=None, status="fail", reason=reason)
     if limit is None or drop is None:
         return _row("accuracy_drop", target, limit, None)
     if budget.accuracy_confidence is None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from secateurs.budget import Budget, accuracy_row
 from secateurs.data import Dataset
-from secateurs.errors import RecipeError
+from secateurs.errors import DataError, RecipeError
 from secateurs.forward import predict
 from secateurs.interfaces import Metric
 from secateurs.intervals import paired_difference_interval
@@ -83,6 +83,7 @@ class Judge:
 
     Raises:
         RecipeError: confidence is asked for and there is no exact interval.
+        DataError: the baseline's metric is not finite.
     """
 
     def __init__(self, budget: Budget, evaluate: Callable[[nn.Module], float], baseline: nn.Module) -> None:
@@ -90,6 +91,11 @@ class Judge:
         self.limit = budget.accuracy_drop
         self._budget, self._evaluate = budget, evaluate
         self.before = evaluate(baseline)
+        if not math.isfinite(self.before):
+            raise DataError(
+                f"the metric of the network before pruning is {self.before} on validation data, with which no drop can be compared; look for "
+                "examples on which it overflows, or choose another `metric`."
+            )
         self._hits = self._which(baseline)
         if budget.accuracy_confidence is not None and self._hits is None:
             raise RecipeError(

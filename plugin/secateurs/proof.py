@@ -80,7 +80,7 @@ def prove(
         progress=progress,
     )
     rows = judge(budget, found.after, found.ratios)
-    every = [*reasons, *(reason for one in found.measured for reason in one.violations)]
+    every = [*reasons, *(reason for one in found.measured for reason in one.violations), *_not_finite(found.after)]
     return Report(
         verdict=verdict(rows, every),
         reasons=every,
@@ -137,6 +137,15 @@ def compare(
         targets=[one.ratios for one in found],
     )
     return Compared(before, after, ratios, found)
+
+
+def _not_finite(candidate: Side) -> list[str]:
+    """Say where a candidate's metric has no value: its verdict fails, whatever the budget limits."""
+    return [
+        f"{one.accuracy.metric} of the candidate is not finite on {one.label}"
+        for one in candidate.targets
+        if one.accuracy is not None and one.accuracy.value is None
+    ]
 
 
 def _side(artifact: Artifact, figures: list[TargetFigures], structure: Structure | None) -> Side:

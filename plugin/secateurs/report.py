@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from secateurs.files import read_form
 
@@ -97,12 +98,24 @@ class LatencyRatio(Estimate):
 
 
 class Accuracy(_Form):
-    """A metric on the evaluation data, measured on the exported file."""
+    """A metric on the evaluation data, measured on the exported file.
 
-    value: float
+    Attributes:
+        value: of the metric; null where it is NaN or infinite.
+        ci95: exact interval, where the metric counts examples.
+        n: examples.
+        metric: its name.
+    """
+
+    value: float | None
     ci95: tuple[float, float] | None = None
     n: int
     metric: str
+
+    @field_validator("value")
+    @classmethod
+    def _finite(cls, value: float | None) -> float | None:
+        return None if value is None or not math.isfinite(value) else value
 
 
 class Latency(_Form):

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from secateurs.report import BudgetRow, Latency, Report, Status, TargetFigures, TargetRatios, Trial, Variant
+from secateurs.report import Accuracy, BudgetRow, Latency, Report, Status, TargetFigures, TargetRatios, Trial, Variant
 
-__all__ = ["TRIAL_HEADINGS", "VARIANT_HEADINGS", "FigureRow", "figure_rows", "trial_rows", "variant_rows"]
+__all__ = [
+    "TRIAL_HEADINGS",
+    "VARIANT_HEADINGS",
+    "FigureRow",
+    "figure_rows",
+    "metric_text",
+    "trial_rows",
+    "variant_rows",
+]
 
 TRIAL_HEADINGS = ("trial", "blocks", "target", "cost", "MACs", "params", "metric", "drop", "-/+", "kept")
 """Of the rows of `trial_rows`; -/+ are the examples that only the baseline, and only the candidate, gets right."""
@@ -99,7 +107,7 @@ def variant_rows(variants: Sequence[Variant]) -> list[tuple[str, ...]]:
                 f"{one.name} (ships)" if one.ships else one.name,
                 text(_mib(one.side.artifact_bytes)),
                 text(one.ratios.artifact_bytes if one.ratios else None, ".3f"),
-                text(one.side.accuracy.value if one.side.accuracy else ratios.agreement, ".4f"),
+                metric_text(one.side.accuracy, ".4f") if one.side.accuracy else text(ratios.agreement, ".4f"),
                 text(ratios.accuracy_drop.value if ratios.accuracy_drop else None, ".4f"),
                 text(latency.p50 if latency else None),
                 text(ratios.latency_p50.value if ratios.latency_p50 else None, ".3f"),
@@ -108,6 +116,11 @@ def variant_rows(variants: Sequence[Variant]) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def metric_text(accuracy: Accuracy, form: str) -> str:
+    """Return the value of a metric as text."""
+    return "not finite" if accuracy.value is None else format(accuracy.value, form)
 
 
 def _target_rows(
@@ -123,8 +136,8 @@ def _target_rows(
         drop = ratios.accuracy_drop
         accuracy = FigureRow(
             f"{before.accuracy.metric}, {before.accuracy.n} examples",
-            f"{before.accuracy.value:.4f}",
-            f"{after.accuracy.value:.4f}",
+            metric_text(before.accuracy, ".4f"),
+            metric_text(after.accuracy, ".4f"),
             "" if drop is None else f"drop {drop.value:.4f}",
             "" if row is None else f"drop <= {row.limit:g}",
             None if row is None else row.status,
