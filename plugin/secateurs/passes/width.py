@@ -226,8 +226,8 @@ class NodePass(Pass):
         settings, orders = self.settings, self._known.orders
         if self.settles:
             rounding = Rounding(settings, "", context)
-            details = {"allocation": "confidence", "rounding": rounding.why}
-            return {"confidence": self._settled(survey, rounding)}, details
+            settled = {"confidence": self._settled(survey, rounding)}
+            return settled, {"allocation": "confidence", "rounding": rounding.why}
         kind, target = self._target()
         rounding = Rounding(settings, kind, context)
 
