@@ -133,7 +133,7 @@ class TargetedCost:
 
     Args:
         model: what knows the costs.
-        target: provider, threads and batch size.
+        target: provider, threads, batch size and sequence length.
     """
 
     def __init__(self, model: StructureCostModel, target: TargetSettings) -> None:

@@ -253,7 +253,7 @@ class StructureCostModel(Protocol):
         Args:
             model: the network; it is not changed.
             example: inputs for tracing.
-            target: provider, threads and batch size for which the cost is asked.
+            target: provider, threads, batch size and sequence length for which the cost is asked.
 
         Raises:
             ProviderError: the provider is not available.
