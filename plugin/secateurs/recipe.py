@@ -457,7 +457,7 @@ def _override(data: dict[str, Any], variables: dict[str, Any], override: str) ->
         variables[last] = value
         return
     if (path[0] if path else last) not in _KEYS:
-        raise RecipeError(unknown_name("recipe key or variable", key.split(".")[0], [*_KEYS, *variables]))
+        raise RecipeError(unknown_name("recipe key or variable", key.split(".")[0], {*_KEYS, *variables}))
     owner: Any = data
     for part in path:
         owner = _child(owner, part, key)
