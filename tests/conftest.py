@@ -11,10 +11,10 @@ from unittest import mock
 import pytest
 from hypothesis import settings
 
-# In CI the same examples are tried each time, so that a change is judged and not luck; by hand, new ones are looked for.
-settings.register_profile("ci", derandomize=True, deadline=None)
+# The same examples are tried each time, so that a change is judged and not luck; HYPOTHESIS_SEARCH=1 looks for new ones.
+settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None)
-settings.load_profile("ci" if os.environ.get("CI") else "search")
+settings.load_profile("search" if os.environ.get("HYPOTHESIS_SEARCH") else "same")
 
 TOGETHER = {
     "tests/adapters/test_bundle.py",

@@ -330,7 +330,12 @@ def _print(report: Report) -> None:
         console.print(printable(f"fails: {reason}"), markup=False)
     for note in report.notes:
         console.print(printable(f"note: {note}"), markup=False)
-    console.print(f"verdict: {report.verdict}", markup=False)
+    unlimited = (
+        " (no limits were given: `--budget` names a file with some)"
+        if not report.budget and report.verdict == "pass"
+        else ""
+    )
+    console.print(f"verdict: {report.verdict}{unlimited}", markup=False, soft_wrap=True)
 
 
 def _filled(

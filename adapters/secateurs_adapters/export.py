@@ -14,13 +14,14 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -129,6 +130,7 @@ def _attempt(
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as folder:
         written = Path(folder) / path.name
         said = write(traced, written, opset)
+        _forget_source(written)
         found = _read(written)
         if found.opset != opset:
             raise ExportError(
@@ -139,6 +141,32 @@ def _attempt(
         artifact = placed(written, path, exporter=exporter, parity=parity, notes=(*said, *notes))
     write_sidecar(artifact)
     return artifact
+
+
+def _forget_source(path: Path) -> None:
+    """Remove what exporters note beside each node for debugging: lines of source code and paths of the machine that wrote the file."""
+    model = onnx.load(str(path), load_external_data=False)
+    for function in model.functions:
+        del function.metadata_props[:]
+        _forget_nodes(function.node)
+    _forget_graph(model.graph)
+    onnx.save(model, str(path))
+
+
+def _forget_graph(graph: onnx.GraphProto) -> None:
+    for holder in (graph, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del holder.metadata_props[:]
+        holder.doc_string = ""
+    _forget_nodes(graph.node)
+
+
+def _forget_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
+    for node in nodes:
+        del node.metadata_props[:]
+        node.doc_string = ""
+        for attribute in node.attribute:
+            for graph in (*attribute.graphs, *((attribute.g,) if attribute.HasField("g") else ())):
+                _forget_graph(graph)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def read_arrays(path: Path, names: Sequence[str] | None, limit: int) -> dict[str
             names = known if names is None else names
             for name in names:
                 if name not in known:
-                    raise DataError(f"{str(path)!r}: {unknown_name('array', name, known)}")
+                    hint = "In a recipe, `images_key`, `labels_key` and `inputs` name the arrays."
+                    raise DataError(f"{str(path)!r}: {unknown_name('array', name, known)} {hint}")
             refuse_size(sum(_bytes(archive, name, path) for name in names), limit, path)
             return {name: _array(archive, name) for name in names}
     except DataError:

@@ -102,7 +102,8 @@ def load_yaml(path: Path, kind: str, error: type[UserError] = RecipeError) -> An
             raise error(f"the {kind} {str(path)!r} has {path.stat().st_size} bytes; at most {MAX_BYTES} are read.")
         text = content.decode("utf-8-sig")
     except (OSError, ValueError) as cause:
-        raise error(f"cannot read the {kind} {str(path)!r}: {cause}. Give the path of a YAML file.") from None
+        why = getattr(cause, "strerror", None) or cause
+        raise error(f"cannot read the {kind} {str(path)!r}: {why}. Give the path of a YAML file.") from None
     return read_yaml(text, f"the {kind} {str(path)!r}", error)
 
 

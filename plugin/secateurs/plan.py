@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from secateurs.errors import PlanError
 from secateurs.files import plain_json, read_file
@@ -80,6 +80,15 @@ class SetAttribute(_Edit):
     module: str
     name: str
     value: bool | int | float | str | tuple[int, ...] | None
+
+    @field_validator("value")
+    @classmethod
+    def _whole(cls, value: object) -> object:
+        """Refuse integers that JSON readers do not hold."""
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and not -(2**63) <= number < 2**64:
+                raise ValueError(f"{number} has more than 64 bits")
+        return value
 
 
 class AddBias(_Edit):

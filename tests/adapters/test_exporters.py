@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -305,3 +306,31 @@ def test_beside_transformers_5_the_way_out_is_named():
     pytest.importorskip("optimum.exporters", exc_type=ImportError)
     with pytest.raises(PluginError, match=r"takes transformers below 4\.58.*exporter: dynamo"):
         OptimumExporter()
+
+
+class Looping(nn.Module):
+    """A network of which a part is written as a graph inside a node."""
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda y: y.sin() + 1, lambda y: y.cos(), (x,))
+
+
+@pytest.mark.parametrize(
+    ("exporter", "network"),
+    [
+        (DynamoExporter(), nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))),
+        (DynamoExporter(), Looping()),
+        (TorchScriptExporter(), nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))),
+    ],
+    ids=["dynamo", "subgraph", "torchscript"],
+)
+def test_a_file_says_nothing_of_the_machine_that_wrote_it(tmp_path, exporter, network):
+    example = Dataset({"x": np.ones((2, 4), np.float32)})
+    path = exporter(network.eval(), example, tmp_path / "m.onnx", opset=18).path
+    content = path.read_bytes()
+    assert Path(torch.__file__).parent.as_posix().encode() not in content
+    assert b".py" not in content
+    assert b"metadata_props" not in str(onnx.load(path)).encode()
+    expected = network(torch.from_numpy(example.inputs["x"])).detach().numpy()
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, example.inputs)[0], expected, atol=1e-6)

@@ -17,7 +17,7 @@ slices = st.builds(Slice, module=names, parameter=names, dim=st.integers(0, 5), 
 values = st.one_of(
     st.none(),
     st.booleans(),
-    st.integers(-(2**70), 2**70),
+    st.integers(-(2**63), 2**64 - 1),
     st.floats(allow_nan=False, allow_infinity=False),
     names,
     st.lists(st.integers(-(2**40), 2**40), max_size=4).map(tuple),
@@ -141,3 +141,9 @@ def test_an_oversized_plan_is_not_read(tmp_path, monkeypatch):
         Plan.load(path)
     with pytest.raises(PlanError, match="at most 10 are read"):
         Plan.from_json(path.read_bytes())
+
+
+@pytest.mark.parametrize("value", [2**64, -(2**63) - 1, (1, 2**70)])
+def test_integers_beyond_64_bits_are_refused(value):
+    with pytest.raises(ValueError, match="more than 64 bits"):
+        SetAttribute(module="", name="heads", value=value)

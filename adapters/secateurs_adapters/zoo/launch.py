@@ -72,7 +72,9 @@ class _Lifeline:
 
 def _environment(threads: int) -> dict[str, str]:
     path = os.pathsep.join(entry for entry in sys.path if entry)
-    return {**os.environ, "PYTHONPATH": path, _THREADS: str(threads)}
+    own = os.environ.get(_THREADS, "")
+    most = min(threads, int(own)) if own.isdecimal() and int(own) else threads  # who asks for fewer gets fewer
+    return {**os.environ, "PYTHONPATH": path, _THREADS: str(most)}
 
 
 def _kill_group(pid: int) -> None:
