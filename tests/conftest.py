@@ -31,12 +31,13 @@ TOGETHER = {
     "tests/run/test_package.py",
     "tests/run/test_quantise.py",
     "tests/run/test_quickstart.py",
+    "tests/run/test_readme.py",
     "tests/run/test_search.py",
     "tests/run/test_terminal.py",
     "tests/zoo/test_zoo.py",
 }
 """Files whose tests share what takes long to make. (The marks of pytest-xdist 3.8 for this have no effect with pytest 9.2.)"""
-SAME = {"tests/run/test_terminal.py": "tests/run/test_quickstart.py"}
+SAME = dict.fromkeys(["tests/run/test_readme.py", "tests/run/test_terminal.py"], "tests/run/test_quickstart.py")
 """Files that share with another file."""
 
 

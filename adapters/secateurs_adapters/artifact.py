@@ -18,8 +18,8 @@ import numpy as np
 import onnx
 
 from secateurs.errors import DataError
+from secateurs.files import write_text
 from secateurs.interfaces import Artifact
-from secateurs.report import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from secateurs.errors import DataError
+from secateurs.settings import TargetSettings
 from secateurs_adapters.one_node import ONE_NODE
 from secateurs_adapters.session import Session, seeded_inputs
 
@@ -51,8 +52,9 @@ _OWN = (
 _README = """Measure the two models of this folder on this device:
 
     pip install "onnxruntime>=1.22" numpy
-    python measure.py --provider CPUExecutionProvider --threads 1
+    python measure.py
 
+It measures on {provider} with {threads}, as the run did; `--provider` and `--threads` take others.
 It writes result.json. Bring that file back into this folder where it was made, and ask for the verdict:
 
     secateurs validate --measured result.json --budget budget.yaml
@@ -66,8 +68,7 @@ def write_bundle(
     *,
     data: Dataset | None = None,
     labelled: bool = False,
-    batch_size: int = 1,
-    length: int | None = None,
+    target: TargetSettings | None = None,
     tolerance: float = TOLERANCE,
 ) -> dict[str, Any]:
     """Write the folder, whole or not at all.
@@ -78,8 +79,8 @@ def write_bundle(
         folder: where to write; must not exist, or be empty.
         data: examples to run; None makes 64 seeded ones from the signature.
         labelled: count right answers on the device: the largest of the first output's scores is compared with the label.
-        batch_size: examples per run, where the files leave it free.
-        length: size of free axes other than the batch in seeded inputs.
+        target: provider, its options and threads, which the device takes unless told otherwise; examples per run, where the files leave
+            that free; size of free axes other than the batch in seeded inputs. None is one thread of the CPU, one example.
         tolerance: see `TOLERANCE`.
 
     Returns:
@@ -92,17 +93,18 @@ def write_bundle(
         raise DataError(f"{str(folder)!r} is there already and has content; give a new folder.")
     files = list(dict.fromkeys((*baseline.files, *candidate.files)))
     _refuse_names(file.relative_to(baseline.path.parent) for file in files)
+    target = target or TargetSettings()
     before, after = Session(baseline.path), Session(candidate.path)
-    size = before.fixed_batch() or batch_size
-    feeds = _seeded_feeds(before, size, length) if data is None else _data_feeds(before, data, size)
+    size = before.fixed_batch() or target.batch_size
+    feeds = _seeded_feeds(before, size, target.sequence_length) if data is None else _data_feeds(before, data, size)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
         made = Path(name) / "kit"
         made.mkdir()
         for file in files:
-            target = made / file.relative_to(baseline.path.parent)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+            place = made / file.relative_to(baseline.path.parent)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
         names = _write_arrays(made, before, after, feeds)
         labels = None if data is None or not labelled else _labels(made, data, before)
         manifest = {
@@ -116,8 +118,11 @@ def write_bundle(
             "examples": SEEDED_EXAMPLES if data is None else len(data),
             "origin": "seeded" if data is None else data.origin,
             "batch_size": size,
-            "sequence_length": length,
+            "sequence_length": target.sequence_length,
             "tolerance": tolerance,
+            "provider": target.provider,
+            "options": target.options,
+            "threads": target.threads,
         }
         _write_rest(made, manifest)
         if folder.exists():
@@ -143,7 +148,8 @@ def _refuse_names(names: Iterable[Path]) -> None:
 def _write_rest(folder: Path, manifest: dict[str, Any]) -> None:
     script = importlib.resources.files("secateurs_adapters").joinpath("measure.py").read_bytes()
     (folder / "measure.py").write_bytes(script)
-    (folder / "README.txt").write_text(_README, encoding="utf-8")
+    threads = f"{manifest['threads']} thread{'' if manifest['threads'] == 1 else 's'}"
+    (folder / "README.txt").write_text(_README.format(provider=manifest["provider"], threads=threads), encoding="utf-8")
     (folder / "base.onnx").write_bytes(ONE_NODE)
     manifest["files"] = {
         path.relative_to(folder).as_posix(): {

@@ -110,8 +110,8 @@ def validate(
         max_processes=max_processes,
     )
     evaluation = load_evaluation(data)
-    from secateurs.cli import progress_bar
     from secateurs.manager import create_manager
+    from secateurs.progress import progress_bar
 
     with _needs_onnx("validate"):
         from secateurs_adapters.validate import validate_files
@@ -142,7 +142,9 @@ def bundle(
     ] = None,
     seeded: Annotated[bool, typer.Option("--seeded", help="Make inputs from the signature; no labels travel.")] = False,
     samples: Annotated[int, typer.Option(min=1, help="Examples at the most.")] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples per run.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Examples per run, as for the run's first target by default.")
+    ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(min=1, help="Size of dynamic axes other than the batch in seeded inputs.")
     ] = None,
@@ -152,7 +154,10 @@ def bundle(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
-    """Write a folder that measures both files of a run on a device that has only onnxruntime and numpy."""
+    """Write a folder that measures both files of a run on a device that has only onnxruntime and numpy.
+
+    It measures on the provider and with the threads of the run's first target, unless it is told otherwise there.
+    """
     with _needs_onnx("bundle"):
         from secateurs_adapters.artifact import read_artifact
         from secateurs_adapters.bundle import TOLERANCE, write_bundle
@@ -167,8 +172,7 @@ def bundle(
         output,
         data=examples,
         labelled=metric == "accuracy",
-        batch_size=batch_size,
-        length=sequence_length,
+        target=_bundled_target(run, batch_size=batch_size, sequence_length=sequence_length),
         tolerance=TOLERANCE if tolerance is None else tolerance,
     )
     size = sum(file["bytes"] for file in manifest["files"].values())
@@ -197,6 +201,18 @@ def _bundled_data(run: Path, data: Path | None) -> tuple[Dataset | None, str]:
         raise type(error)(
             f"{error} To bundle without the run's evaluation data, give `--data SPEC` or `--seeded`."
         ) from None
+
+
+def _bundled_target(run: Path, **given: int | None) -> TargetSettings:
+    """Return the first target of a run's recipe, with what was given in its place; of a folder without a recipe, the default one."""
+    from secateurs.recipe import load_recipe
+    from secateurs.settings import TargetSettings
+
+    recipe = run / "recipe.yaml"
+    targets = load_recipe(recipe).targets if recipe.exists() else ()
+    return (targets[0] if targets else TargetSettings()).model_copy(
+        update={name: value for name, value in given.items() if value is not None}
+    )
 
 
 def _judged(
@@ -231,7 +247,11 @@ def _finish(report: Report, junit: Path | None, as_json: bool) -> None:
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
-        _print(report)
+        from rich.console import Console
+
+        from secateurs.printed import print_verdict
+
+        print_verdict(Console(), report)
     raise typer.Exit(0 if report.verdict == "pass" else 1)
 
 
@@ -249,11 +269,12 @@ def devices(
         rows = [{"name": entry.name, "plugin": entry.plugin, **device.model_dump()} for entry, device in known]
         typer.echo(json.dumps(rows, indent=2))
         return
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    from secateurs.printed import CLOSE
+
+    table = Table(**CLOSE)
     table.add_column("device", no_wrap=True)
     for heading in ("RAM, MiB", f"limit at {MEMORY_SHARE:.0%}", "files, MiB", "threads of cores"):
         table.add_column(heading, justify="right", max_width=8)
@@ -264,7 +285,10 @@ def devices(
         threads, provider = f"{device.threads} of {device.cores}", device.provider.removesuffix("ExecutionProvider")
         table.add_row(entry.name, *figures, threads, provider)
     Console().print(table)
-    typer.echo("`--json` adds what each is, and the source of each figure.")
+    typer.echo(
+        f"`budget.device` takes one of them: {MEMORY_SHARE:.0%} of its RAM as the limit on peak memory, `files` as that on all files, and its\n"
+        "threads and provider where a target names none. `--json` adds what each is, and the source of each figure."
+    )
 
 
 def load_budget(path: Path | None) -> Budget:
@@ -309,33 +333,6 @@ def load_evaluation(path: Path | None) -> Dataset | None:
 
     spec = parse_data(_mapping(path, "data specification", RecipeError), str(path))
     return load_examples(spec, str(path), create_manager()).sampled(spec.samples, 0)
-
-
-def _print(report: Report) -> None:
-    from rich.console import Console
-
-    from secateurs.cli import report_table
-    from secateurs.errors import printable
-
-    console = Console()
-    console.print(report_table(report))
-    for row in report.budget:
-        if row.status != "pass":
-            where = "" if row.target is None else f" on {row.target}"
-            measured = "nothing" if row.measured is None else f"{row.measured:.4g}"
-            because = "" if row.reason is None else f" ({row.reason})"
-            told = f"{row.status}: {row.name}{where} measured {measured}, allowed {row.limit:g}{because}"
-            console.print(printable(told), markup=False)
-    for reason in report.reasons:
-        console.print(printable(f"fails: {reason}"), markup=False)
-    for note in report.notes:
-        console.print(printable(f"note: {note}"), markup=False)
-    unlimited = (
-        " (no limits were given: `--budget` names a file with some)"
-        if not report.budget and report.verdict == "pass"
-        else ""
-    )
-    console.print(f"verdict: {report.verdict}{unlimited}", markup=False, soft_wrap=True)
 
 
 def _filled(

@@ -23,9 +23,8 @@ from torch import nn
 
 from secateurs import checkpoint
 from secateurs.errors import ModelError, PlanError
-from secateurs.files import plain_json, read_file
+from secateurs.files import plain_json, read_file, write_text
 from secateurs.forward import frozen_randomness, tensors
-from secateurs.report import write_text
 from secateurs.surgery import apply_plan
 from secateurs_adapters.hf_models import FOLDER, quiet
 from secateurs_adapters.huggingface import save_pretrained

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from secateurs.report import write_text
+from secateurs.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,13 +43,16 @@ class Case:
 
 
 def suite_xml(cases: Sequence[Case], seconds: float | None = None) -> str:
-    """Return test cases as one JUnit suite; characters that XML cannot hold are replaced."""
+    """Return test cases as one JUnit suite, which took as long as they did unless `seconds` says otherwise.
+
+    Characters that XML cannot hold are replaced.
+    """
     outcomes = [case.outcome for case in cases]
     counts = {
         "tests": str(len(cases)),
         "failures": str(outcomes.count("failure")),
         "errors": str(outcomes.count("error")),
-        "time": _seconds(seconds),
+        "time": _seconds(sum(case.seconds or 0.0 for case in cases) if seconds is None else seconds),
     }
     root = ET.Element("testsuites", counts)
     suite = ET.SubElement(root, "testsuite", {"name": "secateurs", **counts, "skipped": "0"})
@@ -86,8 +89,8 @@ def write_junit(report: Report, path: Path) -> None:
     write_text(path, junit_xml(report))
 
 
-def _seconds(value: float | None) -> str:
-    return "0" if value is None else f"{value:.3f}"
+def _seconds(value: float) -> str:
+    return f"{value:.3f}"
 
 
 def _told(row: BudgetRow) -> str:

@@ -3,13 +3,16 @@
 Needs Python 3.10, onnxruntime 1.22 and numpy, or newer; nothing else, and no network. Each figure is taken in a process of its own:
 
 * correctness: every output on every input, against the outputs that were recorded where the folder was made;
-* latency: both sessions in each of several processes, in the order A B B A, one thread, no spinning;
+* latency: both sessions in each of several processes, in the order A B B A, no spinning;
 * memory: the peak of a process that loads and runs one model, and of one that does so with a model of one node;
 * placement: how many nodes ran on which execution provider, and for how long.
 
-    python measure.py --provider CPUExecutionProvider --threads 1
+    python measure.py
 
-Exit code 0: measured; 1: measured, but the outputs are wrong; 2: a file of the folder was changed or an argument is wrong; 3: failed.
+Provider and threads are those of the run that the folder comes from; `--provider` and `--threads` take others.
+
+Exit code 0: measured; 1: measured, but the outputs are wrong; 2: a file of the folder was changed, an argument is wrong or a package is
+missing; 3: failed.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 SIDES = ("baseline", "candidate")
+PACKAGES = ("onnxruntime", "numpy")
 MEMORY_RUNS = 3
 PLACEMENT_RUNS = 5
 KIB = 1024
@@ -49,8 +54,9 @@ def main() -> int:
         print(json.dumps(TASKS[options.task](json.loads(options.request))))
         return 0
     try:
+        refuse_missing()
         manifest, digest = read_manifest()
-        result = measure(manifest, digest, options)
+        result = measure(manifest, digest, as_asked(options, manifest))
     except RefusedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,9 +74,9 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Measure the models of this folder on this device.")
-    parser.add_argument("--provider", default="CPUExecutionProvider", help="execution provider (%(default)s)")
+    parser.add_argument("--provider", help="execution provider (that of the run)")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the provider")
-    parser.add_argument("--threads", type=positive, default=1, help="intra-op threads (%(default)s)")
+    parser.add_argument("--threads", type=positive, help="intra-op threads (those of the run)")
     parser.add_argument("--processes", type=positive, default=5, help="processes for latency, at least 5 (%(default)s)")
     parser.add_argument("--repeats", type=positive, default=40, help="rounds A B B A per process (%(default)s)")
     parser.add_argument("--warmup", type=positive, default=20, help="runs before the first round (%(default)s)")
@@ -84,6 +90,23 @@ def arguments() -> argparse.Namespace:
         parser.error("--processes: an interval needs at least 5")
     if any("=" not in pair for pair in options.option):
         parser.error("--option: takes KEY=VALUE")
+    return options
+
+
+def refuse_missing() -> None:
+    """Refuse to work without the packages that this needs."""
+    for name in PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise RefusedError(f"{name} is not installed here; pip install 'onnxruntime>=1.22' numpy.")
+
+
+def as_asked(options: argparse.Namespace, manifest: dict[str, Any]) -> argparse.Namespace:
+    """Fill in what the command line leaves open: where the run measured, which the manifest says."""
+    if options.provider is None:
+        options.provider = manifest.get("provider", "CPUExecutionProvider")
+        options.option = [f"{key}={value}" for key, value in manifest.get("options", {}).items()] + options.option
+    if options.threads is None:
+        options.threads = manifest.get("threads", 1)
     return options
 
 

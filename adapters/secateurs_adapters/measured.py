@@ -150,6 +150,8 @@ class _Manifest(BaseModel):
     batch_size: Count
     sequence_length: Annotated[int, Field(ge=1)] | None
     tolerance: Annotated[float, Field(ge=0)]
+    provider: Name | None = None
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     files: dict[str, _File]
 
 
@@ -216,7 +218,21 @@ def judge_result(
     cpu = f"{versions.pop('cpu', '')} ({versions.pop('cores', '?')} logical cores)"
     report.environment = Environment(versions=versions, cpu=cpu, threads=result.threads, seed=0)
     report.seconds = result.seconds
+    report.notes += _other_conditions(result, manifest)
     return report
+
+
+def _other_conditions(result: Result, manifest: _Manifest) -> list[str]:
+    """Say where the device measured otherwise than the run that the bundle comes from."""
+    pairs = (
+        ("provider", result.provider, manifest.provider),
+        ("threads", result.threads, manifest.threads),
+    )
+    return [
+        f"{what}: {got} on the device, {meant} in the run; `python measure.py --{what} {meant}` measures as the run did"
+        for what, got, meant in pairs
+        if meant not in (None, got)
+    ]
 
 
 class MeasuredTarget:

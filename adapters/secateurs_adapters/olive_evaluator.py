@@ -21,10 +21,11 @@ from pydantic import Field
 from secateurs.budget import MIB, parse_budget
 from secateurs.data import Dataset
 from secateurs.errors import RecipeError
+from secateurs.files import write_text
 from secateurs.forward import to_dataset
 from secateurs.manager import Manager, create_manager
 from secateurs.recipe import parse_data, settings_from
-from secateurs.report import Report, write_text
+from secateurs.report import Report
 from secateurs.settings import PassSettings, TargetSettings
 from secateurs.sources import load_examples
 from secateurs_adapters.artifact import read_artifact

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from secateurs import checkpoint
 from secateurs.errors import ModelError
-from secateurs.files import plain_json, read_file
+from secateurs.files import plain_json, read_file, write_text
 from secateurs.forward import tensors
 from secateurs.plan import Plan
-from secateurs.report import write_text
 from secateurs_adapters.hf_models import FOLDER
 from secateurs_adapters.hf_models import load_pruned as load_pruned_hf
 

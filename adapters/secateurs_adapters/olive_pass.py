@@ -27,10 +27,11 @@ from torch import nn
 
 from secateurs import checkpoint, runner
 from secateurs.errors import RecipeError, SecateursError, unknown_name
+from secateurs.files import write_text
 from secateurs.pipeline import Outcome, build_pass, recover
 from secateurs.plan import Plan
 from secateurs.recipe import ModelSpec, Recipe, load_recipe, parse_recipe, settings_from
-from secateurs.report import Report, write_text
+from secateurs.report import Report
 from secateurs.script import pruning_report
 from secateurs.settings import CkaClusterSettings, CkaSegmentSettings, MiNodesSettings, PassSettings
 from secateurs_adapters.olive_input import LOADER, algorithm_version, fingerprint, manager_for

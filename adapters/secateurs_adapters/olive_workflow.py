@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from secateurs.errors import PluginError, RecipeError, SecateursError
-from secateurs.report import write_text
+from secateurs.files import write_text
 
 __all__ = ["EVALUATOR", "package_config", "require_output", "run_workflow", "within_budget", "write_package_config"]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from secateurs.report import write_text
+from secateurs.files import write_text
 from secateurs.tables import TRIAL_HEADINGS, VARIANT_HEADINGS, figure_rows, metric_text, trial_rows, variant_rows
 from secateurs_adapters.report_figures import details_of, figures_of_pass, figures_of_report
 

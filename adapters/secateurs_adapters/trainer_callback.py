@@ -26,8 +26,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from secateurs import checkpoint
 from secateurs.errors import ModelError, RecipeError
+from secateurs.files import write_text
 from secateurs.plan import Plan
-from secateurs.report import Report, write_text
+from secateurs.report import Report
 from secateurs.script import PruneResult, prune
 from secateurs.surgery import apply_plan
 from secateurs_adapters.hf_folder import REFUSAL, write_folder

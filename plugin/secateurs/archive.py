@@ -13,10 +13,10 @@ from torch import nn
 
 from secateurs import checkpoint, processes
 from secateurs.errors import SecateursError
-from secateurs.files import parse_form, read_file
+from secateurs.files import parse_form, read_file, write_text
 from secateurs.pipeline import Outcome
 from secateurs.plan import Plan
-from secateurs.report import PassRecord, Trial, write_text
+from secateurs.report import PassRecord, Trial
 from secateurs.strategy import Answer
 
 __all__ = ["Archive", "leader", "plan_name"]

@@ -7,7 +7,6 @@ readers are observed and edits certified as for every other group, so that a wro
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from secateurs.groups import Group, Index, Member, Slot, WidthAttribute
-from secateurs.layers import is_matrix_layer, widths_of
+from secateurs.layers import is_matrix_layer, unnumbered, widths_of
 from secateurs.report import Skipped
 
 __all__ = ["AttentionHeads", "DescribeAttention", "attention_groups", "describe"]
@@ -71,7 +70,6 @@ _FUSED: tuple[tuple[str, tuple[str, ...], Layout], ...] = (
     ("Wqkv", ("out_proj", "Wo"), "stacked"),
     ("query_key_value", ("dense",), "interleaved"),
 )
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _WIDTHS = ("all_head_size", "inner_dim", "split_size", "attn_dim", "embed_dim", "dim", "hidden_size")
@@ -174,7 +172,7 @@ def attention_groups(model: nn.Module, describing: DescribeAttention) -> tuple[l
             _attributes(path, description),
             _slots(path, description),
         )
-        coupled.setdefault(_NUMBER.sub("*", path) if description.coupled else path, []).append(group)
+        coupled.setdefault(unnumbered(path) if description.coupled else path, []).append(group)
     groups = [_joined(together) for together in coupled.values()]
     return groups, skipped
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from secateurs.errors import printable
 from secateurs.recipe import Recipe
 from secateurs.report import Report, Trial, Variant
-from secateurs.tables import TRIAL_HEADINGS, VARIANT_HEADINGS, figure_rows, trial_rows, variant_rows
+from secateurs.tables import TRIAL_HEADINGS, VARIANT_HEADINGS, counted, figure_rows, trial_rows, variant_rows
 
 __all__ = ["model_card"]
 
@@ -20,7 +20,7 @@ def model_card(report: Report, recipe: Recipe) -> str:
         for row in figure_rows(report)
     )
     passes = "\n".join(
-        f"* `{record.name}`: {record.edits} edits, {len(record.skipped)} skipped" for record in report.passes
+        f"* `{record.name}`: {counted(record.edits, 'edit')}, {len(record.skipped)} skipped" for record in report.passes
     )
     return f"""# Pruned network
 

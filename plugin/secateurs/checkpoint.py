@@ -14,8 +14,8 @@ import safetensors.torch
 from torch import nn
 
 from secateurs.errors import ModelError
+from secateurs.files import atomic_path
 from secateurs.plan import Plan
-from secateurs.report import atomic_path
 from secateurs.surgery import apply_plan
 
 __all__ = ["MARK", "PLAN", "WEIGHTS", "load", "load_weights", "save", "save_weights"]

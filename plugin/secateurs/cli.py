@@ -14,35 +14,31 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from secateurs import hookimpl, processes
+from secateurs import processes
 from secateurs.errors import PluginError, SecateursError, UserError
 from secateurs.faults import told
 from secateurs.manager import Manager, PluginWarning, create_manager
-from secateurs.tables import TRIAL_HEADINGS, VARIANT_HEADINGS, figure_rows, trial_rows, variant_rows
+from secateurs.printed import CLOSE, print_report, trial_table
 from secateurs.terminal import escape
 
 if TYPE_CHECKING:
-    from secateurs.interfaces import ProgressEvent
     from secateurs.registry import Entry
-    from secateurs.report import Report, Trial
     from secateurs.runner import Pruned
 
-__all__ = ["build_app", "main", "progress_bar", "report_table"]
+__all__ = ["build_app", "main"]
 
 _out = Console(quiet=not processes.is_main())
 _err = Console(stderr=True)
-_CLOSE: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
-"""Style of tables that have to fit 80 columns."""
+_WIDE = "160"
+"""Columns where there is no terminal; rich would take 80, and cut tables for nobody."""
 _GRACE = 5.0
 """Seconds that other processes wait before they report an error: most find what the main one finds, and the launcher ends them when it does."""
 
@@ -54,8 +50,8 @@ Overrides = Annotated[
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
-    # Threads that spin while they wait take the processor from whoever else computes here, and slow everybody many times.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not any(os.isatty(stream) for stream in (0, 1, 2)):
+        os.environ.setdefault("COLUMNS", _WIDE)
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
@@ -174,6 +170,7 @@ def _run(
 
     loaded = load_recipe(recipe, overrides or ())
     from secateurs import runner
+    from secateurs.progress import progress_bar
 
     manager: Manager = ctx.obj
     with progress_bar(manager) as progress:
@@ -189,7 +186,7 @@ def _run(
     if as_json and processes.is_main():
         sys.stdout.write(report.to_json())
     elif not as_json:
-        _print_report(report, output)
+        print_report(_out, report, output)
     return 0 if report.verdict == "pass" else 1
 
 
@@ -210,7 +207,7 @@ def _print_plan(pruned: Pruned, prepared: Any, as_json: bool) -> None:
         sys.stdout.write(outcome.plan.to_json())
         return
     if pruned.trials:
-        _out.print(_trial_table(pruned.trials))
+        _out.print(trial_table(pruned.trials))
     for edit in outcome.plan.edits:
         if edit.edit == "drop_block":
             _out.print(f"drop block    {escape(edit.path)}  [dim]{escape(edit.reason)}[/]")
@@ -228,74 +225,6 @@ def _print_plan(pruned: Pruned, prepared: Any, as_json: bool) -> None:
         _out.print("[yellow]nothing could be pruned[/]")
 
 
-def _print_report(report: Report, output: Path) -> None:
-    if report.trials:
-        _out.print(_trial_table(report.trials))
-    _out.print(report_table(report))
-    if report.variants:
-        table = Table(title="pruning and quantisation, each file beside the dense one", **_CLOSE)
-        table.add_column(VARIANT_HEADINGS[0], min_width=10)
-        for heading in VARIANT_HEADINGS[1:]:
-            table.add_column(heading, justify="right", max_width=10)
-        for one in variant_rows(report.variants):
-            table.add_row(*one)
-        _out.print(table)
-    for record in report.passes:
-        certificate = record.certificate
-        proof = (
-            ""
-            if certificate is None
-            else f", certified to {certificate.max_abs:.2g} on a scale of {certificate.scale:.3g}"
-        )
-        _out.print(
-            f"{record.name}: {record.edits} edits, {len(record.skipped)} skipped{proof} [dim]({record.seconds:.1f} s)[/]"
-        )
-    for reason in report.reasons:
-        _out.print(f"[red]{escape(reason)}[/]")
-    for row in report.budget:
-        if row.status != "pass":
-            measured = "nothing" if row.measured is None else f"{row.measured:.4g}"
-            reason = f" ({row.reason})" if row.reason else ""
-            where = f" on {row.target}" if row.target else ""
-            _out.print(
-                f"[red]{row.status}: {row.name}{escape(where)} measured {measured}, allowed {row.limit:g}{escape(reason)}[/]"
-            )
-    colour = {"pass": "green", "fail": "red", "undecided": "yellow"}[report.verdict]
-    seconds = "" if report.seconds is None else f" in {report.seconds:.1f} s"
-    _out.print(
-        f"verdict: [bold {colour}]{report.verdict}[/]{seconds}; everything is in {escape(str(output))}", soft_wrap=True
-    )
-
-
-def _trial_table(trials: Sequence[Trial]) -> Table:
-    """Return the table of the networks that a search tried."""
-    table = Table(title="trials of the search, on validation data", **_CLOSE)
-    for heading in TRIAL_HEADINGS:
-        table.add_column(heading, justify="right")
-    for trial, row in zip(trials, trial_rows(trials), strict=True):
-        table.add_row(*row, style="bold green" if trial.chosen and trial.accepted else None)
-    return table
-
-
-def report_table(report: Report) -> Table:
-    """Return the table baseline | candidate | ratio | budget | verdict of a report, a section per target."""
-    table = Table(title="baseline and candidate, on the exported files", **_CLOSE)
-    table.add_column("figure", min_width=16)
-    for heading in ("baseline", "candidate", "ratio", "budget"):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict", min_width=9)
-    colours = {"pass": "green", "fail": "red", "undecided": "yellow"}
-    where = ""
-    for row in figure_rows(report):
-        if row.where != where:
-            where = row.where
-            table.add_section()
-            table.add_row(f"[bold]{escape(where)}[/]")
-        verdict = f"[{colours[row.status]}]{row.status}[/]" if row.status else ""
-        table.add_row(escape(row.what), row.baseline, row.candidate, row.ratio, row.budget, verdict)
-    return table
-
-
 # --- inspect and passes -----------------------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +239,7 @@ def _inspect(
 
     loaded = load_recipe(recipe, overrides or ())
     from secateurs import inspection, runner
+    from secateurs.progress import progress_bar
 
     manager: Manager = ctx.obj
     with progress_bar(manager) as progress:
@@ -325,18 +255,27 @@ def _inspect(
 
 def _passes(
     ctx: typer.Context,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[PASS]", help="Describe every setting of this one.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, with every option.")] = False,
 ) -> int:
-    """List every pass, its plugin, and its settings with defaults."""
+    """List every pass, its plugin, and its settings with defaults; or describe one."""
     manager: Manager = ctx.obj
+    known = manager.registries.passes
     listed = []
-    for entry in manager.registries.passes:
+    for entry in known if name is None else [known[name]]:
         try:
             listed.append(_describe(entry))
         except PluginError as error:
             _err.print(f"[yellow]warning:[/] {escape(str(error))}", soft_wrap=True)
     if as_json:
         sys.stdout.write(json.dumps(listed, indent=2) + "\n")
+        return 0
+    if name is not None:
+        for item in listed:
+            _out.print(f"[bold]{escape(item['name'])}[/]: {escape(item['summary'])} [dim]({escape(item['plugin'])})[/]")
+            _out.print(_settings_table(item["settings"]))
         return 0
     table = Table(title="passes", show_lines=True)
     for heading in ("pass", "plugin", "what it does", "settings (defaults)"):
@@ -345,7 +284,37 @@ def _passes(
         shown = ", ".join(f"{name}={_short(setting['default'])}" for name, setting in item["settings"].items())
         table.add_row(item["name"], item["plugin"], escape(item["summary"]), escape(shown))
     _out.print(table)
+    _out.print("`secateurs passes PASS` describes the settings of one", style="dim")
     return 0
+
+
+def _settings_table(settings: dict[str, Any]) -> Table:
+    """Return the settings of a pass, each with its default, what is allowed, and what it means."""
+    table = Table(**CLOSE)
+    table.add_column("setting", no_wrap=True)
+    for heading in ("default", "allowed", "what it is"):
+        table.add_column(heading)
+    for name, setting in settings.items():
+        default = "required" if setting["required"] else _short(setting["default"])
+        table.add_row(*(escape(text) for text in (name, default, _allowed(setting["schema"]), setting["description"])))
+    return table
+
+
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    """Say what a JSON schema allows."""
+    if "anyOf" in schema:
+        return " or ".join(_allowed(one) for one in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return " or ".join(map(str, schema.get("enum", [schema.get("const")])))
+    if schema.get("type") == "null":
+        return "none"
+    if schema.get("type") == "array":
+        return f"list of {_allowed(schema.get('items', {}))}"
+    bounds = " and ".join(f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema)
+    return f"{schema.get('type', 'anything')} {bounds}".rstrip()
 
 
 def _describe(entry: Entry[Any]) -> dict[str, Any]:
@@ -368,62 +337,6 @@ def _describe(entry: Entry[Any]) -> dict[str, Any]:
 
 
 def _short(value: object) -> str:
-    return "none" if value is None else "|".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-
-
-# --- progress ---------------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def progress_bar(manager: Manager) -> Iterator[Any]:
-    """Show a bar on the terminal while a block works, fed by the hook `secateurs_progress`; silent in CI and where there is no terminal."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[detail]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=_err,
-        transient=True,
-        disable=not (_err.is_interactive and processes.is_main()) or bool(os.environ.get("CI")),
-    )
-    plugin = _Bar(bar)
-    manager.register(plugin, name="secateurs-progress-bar")
-    try:
-        with bar:
-            yield (
-                (lambda event: manager.hook.secateurs_progress(event=event))
-                if processes.is_main()
-                else (lambda _: None)
-            )
-    finally:
-        manager.unregister(plugin)
-
-
-class _Bar:
-    """Draws progress events as one line per task, the current one last."""
-
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-        self._tasks: dict[str, Any] = {}
-
-    @hookimpl
-    def secateurs_progress(self, event: ProgressEvent) -> None:
-        """Show an event."""
-        if event.task not in self._tasks:
-            for task in self._tasks.values():
-                self._bar.update(task, visible=False)
-            self._tasks[event.task] = self._bar.add_task(event.task, total=event.total, detail="")
-        self._bar.update(
-            self._tasks[event.task], completed=event.done, total=event.total, detail=event.detail, visible=True
-        )
+    if isinstance(value, (tuple, list)):
+        return "|".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

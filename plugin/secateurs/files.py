@@ -1,10 +1,13 @@
-"""Files and folders that others may have written: plain files of bounded size, JSON that says one thing, folders without links."""
+"""Reading what others may have written (plain files of bounded size, plain JSON, folders without links), and writing files whole."""
 
 from __future__ import annotations
 
 import json
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from secateurs.errors import UserError
 
-__all__ = ["LARGEST", "parse_form", "plain_json", "read_file", "read_form", "refuse_links"]
+__all__ = ["LARGEST", "atomic_path", "parse_form", "plain_json", "read_file", "read_form", "refuse_links", "write_text"]
 
 LARGEST = 64 * 2**20
 """Bytes of a JSON file that are read."""
@@ -124,3 +127,26 @@ def _integer(digits: str) -> int:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that becomes `path` if the block ends well, and is removed if it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

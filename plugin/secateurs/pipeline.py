@@ -212,7 +212,7 @@ def _run_pass(session: Session, step: Pass, outcome: Outcome) -> Outcome:
         candidate, mended = _mend(session, step.name, applied(current, certified.plan), entry, total, proposal)
         accepted, value = _judge(session, proposal, candidate, reference)
         shown = None if value is None else sign * value
-        tally.rounds.append({"edits": len(certified.plan), "accepted": accepted, "validation": shown, **mended})
+        tally.rounds.append({"edits": certified.plan.removes, "accepted": accepted, "validation": shown, **mended})
         step.answer(accepted)
         if accepted:
             current, tally.plan, latest = candidate, total, value
@@ -227,7 +227,7 @@ def _run_pass(session: Session, step: Pass, outcome: Outcome) -> Outcome:
     record = PassRecord(
         name=step.name,
         settings=step.settings.model_dump(mode="json"),
-        edits=sum(1 for edit in tally.plan.edits if edit.edit in ("drop_block", "remove_units")),
+        edits=tally.plan.removes,
         skipped=list(tally.skipped.values()),
         certificate=tally.certificate,
         seconds=time.perf_counter() - began,

@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from secateurs.errors import PlanError
-from secateurs.files import plain_json, read_file
-from secateurs.report import write_text
+from secateurs.files import plain_json, read_file, write_text
 
 __all__ = ["AddBias", "DropBlock", "Edit", "Plan", "RemoveUnits", "SetAttribute", "Slice", "SplitAttention"]
 
@@ -132,9 +131,9 @@ class Plan(BaseModel):
         return Plan(edits=self.edits + other.edits)
 
     @property
-    def removes(self) -> bool:
-        """Whether any edit takes something away."""
-        return any(isinstance(edit, (DropBlock, RemoveUnits)) for edit in self.edits)
+    def removes(self) -> int:
+        """How many edits take something away; the others change the form alone."""
+        return sum(isinstance(edit, (DropBlock, RemoveUnits)) for edit in self.edits)
 
     def of(self, *kinds: type[Any]) -> Iterator[Any]:
         """Yield the edits of the given kinds, in order."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from secateurs.budget import Budget, parse_budget
 from secateurs.data import ROLES
 from secateurs.digests import file_digest, module_files
 from secateurs.errors import RecipeError, UserError, shown, unknown_name
-from secateurs.plain_yaml import MAX_DEPTH, load_yaml, read_yaml, to_yaml
+from secateurs.overrides import Substitution, override
+from secateurs.plain_yaml import load_yaml, read_yaml, to_yaml
 from secateurs.settings import (
     EdgeSettings,
     ExportSettings,
@@ -41,8 +41,6 @@ __all__ = [
     "settings_from",
 ]
 
-MAX_CHARACTERS = 256 * 1024
-"""Characters that a recipe may have once its variables are put in; a key or value that is no text counts as 8."""
 MAX_SEED = 2**32 - 1
 """Largest seed that torch, numpy and scikit-learn all take."""
 _MODEL_ARGUMENTS = ("task", "revision")
@@ -50,7 +48,6 @@ _MODEL_ARGUMENTS = ("task", "revision")
 _PATHS = ("file", "folder")
 _PATHS_OR_NAMES = ("hf", "dataset", "processor", "tokenizer")
 """Options that name something on this machine or elsewhere."""
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 class _Section(BaseModel):
@@ -209,13 +206,13 @@ def parse_recipe(data: Any, *, folder: Path, overrides: Sequence[str] = ()) -> R
             f"the recipe is not plain data: {error}. Keys are text, and nothing may hold itself."
         ) from None
     variables = dict(_mapping(data.get("variables") or {}, "variables"))
-    for override in overrides:
-        _override(data, variables, override)
+    for text in overrides:
+        override(data, variables, text, _KEYS)
     data.pop("variables", None)
     for name, value in list(variables.items()):
         others = {known: variables[known] for known in variables if known != name}
-        variables[name] = _Substitution(others).of(value, f"variables.{name}")
-    data = _Substitution(variables).of(data, "")
+        variables[name] = Substitution(others).of(value, f"variables.{name}")
+    data = Substitution(variables).of(data, "")
     for key in data:
         if key not in _KEYS:
             raise RecipeError(unknown_name("recipe key", str(key), _KEYS))
@@ -380,115 +377,3 @@ def parse_pass(value: Any) -> PassSpec:
         )
     name, options = next(iter(item.items()))
     return PassSpec(name=str(name), options=dict(_mapping(options or {}, f"passes.{name}")))
-
-
-class _Substitution:
-    """Puts variables in the place of `${name}`, and adds up how large the recipe becomes.
-
-    Args:
-        variables: by name; each place gets a copy.
-    """
-
-    def __init__(self, variables: Mapping[str, Any]) -> None:
-        self._variables, self._left = variables, MAX_CHARACTERS
-
-    def of(self, value: Any, where: str, level: int = 0) -> Any:
-        """Return a copy of the value with every variable replaced.
-
-        Args:
-            value: plain data.
-            where: its dotted key, for messages.
-            level: lists and mappings around it.
-
-        Raises:
-            RecipeError: a variable is not known, or the whole becomes larger than `MAX_CHARACTERS` or deeper than `MAX_DEPTH`.
-        """
-        self._count(value, where, level)
-        if isinstance(value, dict):
-            return {key: self.of(item, f"{where}.{key}".lstrip("."), level + 1) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.of(item, f"{where}.{number}", level + 1) for number, item in enumerate(value)]
-        if not isinstance(value, str):
-            return value
-        whole = _VARIABLE.fullmatch(value)
-        return self._copy(self._value(whole, where), where, level) if whole else self._filled(value, where)
-
-    def _filled(self, text: str, where: str) -> str:
-        def put(match: re.Match[str]) -> str:
-            return str(self._copy(self._value(match, where), where, 0))
-
-        return _VARIABLE.sub(put, text)
-
-    def _value(self, match: re.Match[str], where: str) -> Any:
-        if match[1] not in self._variables:
-            raise RecipeError(
-                f"`{where}`: "
-                + unknown_name("variable", match[1], self._variables)
-                + " Set it with `--set NAME=VALUE`."
-            )
-        return self._variables[match[1]]
-
-    def _copy(self, value: Any, where: str, level: int) -> Any:
-        self._count(value, where, level)
-        if isinstance(value, dict):
-            return {key: self._copy(item, where, level + 1) for key, item in value.items()}
-        return [self._copy(item, where, level + 1) for item in value] if isinstance(value, list) else value
-
-    def _count(self, value: Any, where: str, level: int) -> None:
-        keys = sum(map(len, value)) if isinstance(value, dict) else 0
-        self._left -= len(value) if isinstance(value, str) else 8 + keys
-        if self._left < 0 or level > MAX_DEPTH:
-            raise RecipeError(
-                f"`{where[:200]}`: with its variables put in, the recipe has more than {MAX_CHARACTERS} characters or {MAX_DEPTH} levels; "
-                "use fewer of them."
-            )
-
-
-def _override(data: dict[str, Any], variables: dict[str, Any], override: str) -> None:
-    key, sign, text = override.partition("=")
-    if not sign or not key:
-        raise RecipeError(f"`--set` takes key=value, got {override!r}.")
-    value = read_yaml(text, f"the value of `--set {key}`")
-    if key in variables:
-        variables[key] = value
-        return
-    *path, last = key.split(".")
-    if path == ["variables"]:
-        variables[last] = value
-        return
-    if (path[0] if path else last) not in _KEYS:
-        raise RecipeError(unknown_name("recipe key or variable", key.split(".")[0], {*_KEYS, *variables}))
-    owner: Any = data
-    for part in path:
-        owner = _child(owner, part, key)
-    if isinstance(owner, list):
-        owner[_position(owner, last, key)] = value
-    elif isinstance(owner, dict):
-        owner[last] = value
-    else:
-        raise RecipeError(f"`--set {key}`: {path[-1]!r} is not a mapping.")
-
-
-def _child(owner: Any, part: str, key: str) -> Any:
-    if isinstance(owner, list):
-        position = _position(owner, part, key)
-        item = owner[position]
-        if isinstance(item, str) and item == part:
-            item = owner[position] = {part: {}}
-        if isinstance(item, dict) and part in item and item[part] is None:
-            item[part] = {}
-        return item[part] if isinstance(item, dict) and part in item and not part.isdigit() else item
-    if not isinstance(owner, dict):
-        raise RecipeError(f"`--set {key}`: there is nothing below {part!r}.")
-    if owner.get(part) is None:
-        owner[part] = {}
-    return owner[part]
-
-
-def _position(owner: list[Any], part: str, key: str) -> int:
-    if part.isdigit() and int(part) < len(owner):
-        return int(part)
-    for number, item in enumerate(owner):
-        if item == part or (isinstance(item, dict) and part in item):
-            return number
-    raise RecipeError(f"`--set {key}`: {part!r} is not an item of that list of {len(owner)}.")

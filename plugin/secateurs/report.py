@@ -1,4 +1,4 @@
-"""The report of a run: its form, and how it reaches the disk.
+"""The report of a run.
 
 `report.json` is a `Report`; its JSON schema ships in the package (`report.schema.json`). A key that was not measured is null, never absent.
 Ratios are candidate over baseline. Times are milliseconds per batch, memory is bytes.
@@ -9,10 +9,6 @@ from __future__ import annotations
 import importlib.resources
 import json
 import math
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,9 +40,7 @@ __all__ = [
     "TargetRatios",
     "Trial",
     "Variant",
-    "atomic_path",
     "report_schema",
-    "write_text",
 ]
 
 Status = Literal["pass", "fail", "undecided"]
@@ -467,26 +461,3 @@ def report_schema() -> dict[str, Any]:
     text = importlib.resources.files("secateurs").joinpath("report.schema.json").read_text(encoding="utf-8")
     schema: dict[str, Any] = json.loads(text)
     return schema
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that becomes `path` if the block ends well, and is removed if it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

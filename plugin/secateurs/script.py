@@ -16,6 +16,7 @@ from secateurs import checkpoint, cost
 from secateurs.budget import parse_budget
 from secateurs.data import resolve_roles
 from secateurs.errors import DataError
+from secateurs.files import write_text
 from secateurs.forward import device_of, gathered, to_dataset, trimming
 from secateurs.interfaces import ProgressEvent, Target, ratio, width_multiple
 from secateurs.manager import Manager, create_manager
@@ -25,7 +26,7 @@ from secateurs.plan import Plan
 from secateurs.proof import environment
 from secateurs.recipe import parse_pass, settings_from
 from secateurs.recovery import check_settings
-from secateurs.report import Ratios, Report, Side, write_text
+from secateurs.report import Ratios, Report, Side
 from secateurs.search import prepare_search
 from secateurs.settings import RecoverySettings, SearchSettings, TargetSettings
 

@@ -23,7 +23,6 @@ from secateurs.judging import Judge
 from secateurs.manager import Manager
 from secateurs.passes.base import Pass
 from secateurs.pipeline import Outcome, Session, run_passes
-from secateurs.plan import DropBlock, RemoveUnits
 from secateurs.report import Trial
 from secateurs.settings import SearchSettings
 from secateurs.strategy import Answer, Candidate, candidates
@@ -190,7 +189,7 @@ class Search:
             number=number,
             blocks=candidate.blocks,
             target=candidate.target,
-            edits=len(list(outcome.plan.of(DropBlock, RemoveUnits))),
+            edits=outcome.plan.removes,
             cost_ratio=ratio,
             macs_ratio=macs,
             params_ratio=parameters,

@@ -11,6 +11,7 @@ __all__ = [
     "TRIAL_HEADINGS",
     "VARIANT_HEADINGS",
     "FigureRow",
+    "counted",
     "figure_rows",
     "metric_text",
     "trial_rows",
@@ -118,6 +119,15 @@ def variant_rows(variants: Sequence[Variant]) -> list[tuple[str, ...]]:
     return rows
 
 
+def counted(number: int, what: str) -> str:
+    """Return a number of things as text.
+
+    >>> counted(1, "edit"), counted(2, "edit")
+    ('1 edit', '2 edits')
+    """
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def metric_text(accuracy: Accuracy, form: str) -> str:
     """Return the value of a metric as text."""
     return "not finite" if accuracy.value is None else format(accuracy.value, form)
@@ -127,8 +137,7 @@ def _target_rows(
     before: TargetFigures, after: TargetFigures, ratios: TargetRatios, budget: dict[tuple[str, str | None], BudgetRow]
 ) -> list[FigureRow | None]:
     label = before.label
-    where = f"{before.provider.removesuffix('ExecutionProvider')}, batch {before.batch_size}, {before.threads} thread"
-    where += "s" if before.threads > 1 else ""
+    where = f"{before.provider.removesuffix('ExecutionProvider')}, batch {before.batch_size}, {counted(before.threads, 'thread')}"
     where += "" if before.sequence_length is None else f", length {before.sequence_length}"
     accuracy = latency = None
     if before.accuracy is not None and after.accuracy is not None:

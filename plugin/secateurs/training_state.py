@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from secateurs.data import Dataset
+from secateurs.files import atomic_path
 from secateurs.loops import Loop, tensors_of
-from secateurs.report import atomic_path
 
 __all__ = ["TrainingState", "digest", "read", "restore", "snapshot", "write"]
 

@@ -11,6 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 from secateurs.data import Dataset
+from secateurs.settings import TargetSettings
 from secateurs_adapters.artifact import read_artifact
 from secateurs_adapters.bundle import write_bundle
 from secateurs_adapters.session import Session
@@ -39,7 +40,7 @@ def made_of(folder):
     """Write a bundle of what `make` makes, in a folder of its own beside that."""
     data = make(folder / "out")
     files = [read_artifact(folder / "out" / name) for name in ("baseline.onnx", "model.onnx")]
-    write_bundle(*files, folder / "kit", data=data, labelled=True, batch_size=4)
+    write_bundle(*files, folder / "kit", data=data, labelled=True, target=TargetSettings(batch_size=4, threads=2))
     return folder / "kit"
 
 

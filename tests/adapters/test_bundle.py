@@ -62,7 +62,8 @@ def test_a_result_becomes_a_verdict(kit, tmp_path, run):
     samples = [value for process in result["latency"] for value in process["candidate"]["samples_ms"]]
     assert figures["latency_ms"]["p50"] == pytest.approx(np.median(samples))
     assert figures["latency_ms"]["n"] == len(samples) == 5 * 2 * 4
-    assert figures["batch_size"] == 4
+    assert (figures["batch_size"], figures["threads"]) == (4, 2)  # as the run, which the command line left open
+    assert not any("in the run" in note for note in report["notes"])
     assert figures["nodes_per_provider"].keys() == figures["time_per_provider"].keys() == {"CPUExecutionProvider"}
     assert figures["peak_memory_bytes"] >= 0
     assert report["baseline"]["accuracy"]["value"] == 1.0
@@ -86,6 +87,23 @@ def test_the_files_may_be_given_and_must_be_those_that_were_measured(kit, tmp_pa
     assert "no manifest.json beside" in str(run("validate", "--measured", away).exception)
     assert "give both" in str(run("validate", files[0], "--measured", away).exception)
     assert "give BASELINE.onnx" in str(run("validate").exception)
+
+
+def test_a_device_that_measured_otherwise_than_the_run_is_noted(kit, tmp_path, run):
+    other = copy(kit, tmp_path / "kit")
+    result = json.loads((other / "result.json").read_text())
+    (other / "result.json").write_text(json.dumps({**result, "threads": 1}))
+    notes = json.loads(run("validate", "--measured", other / "result.json", "--json").stdout)["notes"]
+    assert "threads: 1 on the device, 2 in the run; `python measure.py --threads 2` measures as the run did" in notes
+
+
+@pytest.mark.parametrize("missing", ["numpy", "onnxruntime"])
+def test_a_device_without_a_package_is_told_what_to_install(kit, tmp_path, missing):
+    site = bare(tmp_path / "site")
+    (site / missing).unlink()
+    done = measure(kit, site, "--output", str(tmp_path / "result.json"))
+    assert done.returncode == 2
+    assert done.stderr == f"error: {missing} is not installed here; pip install 'onnxruntime>=1.22' numpy.\n"
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.data", "inputs.npz", "reference_baseline.npz", "measure.py"])
@@ -249,9 +267,12 @@ def test_the_runs_own_examples_are_those_of_its_verdict(tmp_path, run):
         "data": {"calibration": {"source": "digits"}, "evaluation": {**role, "samples": 9}},
         "passes": ["magnitude"],
     }
-    (tmp_path / "out" / "recipe.yaml").write_text(json.dumps(body))
+    (tmp_path / "out" / "recipe.yaml").write_text(json.dumps({**body, "targets": [{"threads": 3}, {"threads": 2}]}))
     done = run("bundle", tmp_path / "out", "--output", tmp_path / "kit")
     assert done.exit_code == 0, (done.output, done.exception)
+    manifest = json.loads((tmp_path / "kit" / "manifest.json").read_text())
+    assert (manifest["provider"], manifest["threads"]) == ("CPUExecutionProvider", 3)
+    assert "on CPUExecutionProvider with 3 threads, as the run did" in (tmp_path / "kit" / "README.txt").read_text()
     other = Dataset({"x": data.inputs["x"] + 1}, data.labels)
     judged = resolve_roles({"calibration": other, "evaluation": data}, {"evaluation": 9}, 3, cut=()).evaluation
     with np.load(tmp_path / "kit" / "inputs.npz") as archive:

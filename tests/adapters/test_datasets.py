@@ -111,6 +111,14 @@ class TestNpz:
         }
         assert len(origins) == 2
 
+    def test_an_array_that_is_not_there_is_answered_with_those_that_are(self, tmp_path):
+        path = saved(tmp_path, x=pictures(), y=np.zeros(4, np.int64))
+        with pytest.raises(DataError) as caught:
+            load_npz(NpzSettings(file=path))
+        assert "unknown array 'images'" in str(caught.value)
+        assert "Known: 'x', 'y'." in str(caught.value)
+        assert "In a recipe, `images_key`, `labels_key` and `inputs` name the arrays." in str(caught.value)
+
     def test_grey_images_without_a_channel_axis(self, tmp_path):
         path = saved(tmp_path, images=pictures()[..., 0], labels=np.zeros(4, np.int32))
         assert load_npz(NpzSettings(file=path)).inputs["input"].shape == (4, 1, 6, 5)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from secateurs import cli
+from secateurs.files import write_text
 from secateurs.manager import create_manager
-from secateurs.report import Report, write_text
+from secateurs.report import Report
 from secateurs_adapters.mlflow_tracking import figures, log_run, secateurs_after_run, settings
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -15,9 +15,10 @@ from torch import nn
 from secateurs.budget import judge, parse_budget
 from secateurs.data import Dataset
 from secateurs.errors import DataError
+from secateurs.files import write_text
 from secateurs.judging import Judge
 from secateurs.manager import create_manager
-from secateurs.report import Accuracy, Ratios, Report, Side, TargetFigures, TargetRatios, report_schema, write_text
+from secateurs.report import Accuracy, Ratios, Report, Side, TargetFigures, TargetRatios, report_schema
 from secateurs.settings import TargetSettings
 from secateurs_adapters.report_html import write_report_page
 from secateurs_adapters.validate import validate_files

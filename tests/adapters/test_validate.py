@@ -149,6 +149,8 @@ def test_the_command_prints_a_table(files, tmp_path, run):
     assert done.exit_code == 0
     for word in ("baseline", "candidate", "ratio", "budget", "verdict: pass", "latency", "peak memory", "agreement"):
         assert word in done.stdout
+    assert "verdict: pass (no limits were given: `--budget` names a file with some)" in " ".join(done.stdout.split())
+    assert "agreement is on seeded random inputs" in " ".join(done.stdout.split())
     assert "measure on" not in done.stderr  # no terminal, no progress
 
 

@@ -8,6 +8,7 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
+from secateurs.files import atomic_path, write_text
 from secateurs.report import (
     Accuracy,
     BudgetRow,
@@ -23,9 +24,7 @@ from secateurs.report import (
     Skipped,
     TargetFigures,
     TargetRatios,
-    atomic_path,
     report_schema,
-    write_text,
 )
 
 ENVIRONMENT = Environment(versions={"python": "3.12", "torch": "2.11"}, cpu="a processor", threads=1, seed=0, git=None)

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from secateurs.runner import _open_folder
+from secateurs.run_folder import open_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "examples/quickstart.yaml"
@@ -181,7 +181,9 @@ def test_roles_that_overlap_by_content_are_refused(refuse, tmp_path):
 
 
 def test_a_file_that_is_no_recipe_is_refused(refuse, tmp_path):
-    assert "cannot read the recipe" in refuse(recipe=tmp_path / "none.yaml")
+    missing = refuse(recipe=tmp_path / "none.yaml")
+    assert "cannot read the recipe" in missing
+    assert "none.yaml': No such file or directory. Give the path of a YAML file." in missing
     file = tmp_path / "recipe.yaml"
     file.write_text("model: [")
     assert "is not YAML" in refuse(recipe=file)
@@ -201,6 +203,21 @@ def test_a_folder_with_other_content_is_refused(secateurs, tmp_path):
     assert secateurs("run", RECIPE, "--output", tmp_path, "--resume").code == 2
     assert secateurs("run", RECIPE, "--output", tmp_path, "--resume", "--overwrite").code == 2
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("option", ["--overwrite", "--resume"])
+def test_a_folder_with_a_link_is_refused(secateurs, tmp_path, option):
+    other, output = tmp_path / "other", tmp_path / "out"
+    other.mkdir()
+    (output / ".secateurs").mkdir(parents=True)
+    (output / ".secateurs" / "pass1").symlink_to(other)
+    ended = secateurs("run", RECIPE, "--output", output, option)
+    assert ended.code == 2
+    assert "symbolic link '.secateurs/pass1'" in ended.err
+    output.rename(tmp_path / "elsewhere")
+    output.symlink_to(tmp_path / "elsewhere")
+    assert "is not a plain folder" in secateurs("run", RECIPE, "--output", output, option).err
+    assert list(other.iterdir()) == []
 
 
 def test_overwrite_replaces_a_run_and_nothing_else(secateurs, tmp_path):
@@ -223,8 +240,8 @@ def test_overwrite_clears_what_a_run_left(tmp_path, left, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "glob", _killed)
         with pytest.raises(KeyboardInterrupt):
-            _open_folder(tmp_path, "0" * 64, resume=False, overwrite=True)
-    assert _open_folder(tmp_path, "0" * 64, resume=False, overwrite=True) is None
+            open_folder(tmp_path, "0" * 64, resume=False, overwrite=True)
+    assert open_folder(tmp_path, "0" * 64, resume=False, overwrite=True) is None
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [".secateurs", "notes.txt"]
 
 

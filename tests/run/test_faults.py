@@ -17,13 +17,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from secateurs import cli, report
+from secateurs import cli
 from secateurs.errors import SecateursError, UserError
 from secateurs.faults import told
+from secateurs.files import write_text
 from secateurs.plan import Plan
 from secateurs.proof import environment
 from secateurs.recipe import load_recipe
-from secateurs.runner import OUTPUTS, STATE, _open_folder
+from secateurs.report import Report
+from secateurs.run_folder import OUTPUTS, STATE, open_folder
 from secateurs.shipping import Shipping
 from secateurs_adapters.fresh import in_fresh_process
 
@@ -91,14 +93,14 @@ def test_an_output_that_cannot_be_written_is_the_users_error(secateurs, tmp_path
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
 def test_an_error_of_the_disk_half_way_leaves_the_old_file(tmp_path, monkeypatch, number):
     path = tmp_path / "report.json"
-    report.write_text(path, "old")
+    write_text(path, "old")
 
     def fails(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(Path, "write_text", fails)
     with pytest.raises(OSError, match=r"report\.json") as caught:
-        report.write_text(path, "new")
+        write_text(path, "new")
     assert "the run stopped at" in (told(caught.value) or "")
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
 
@@ -174,9 +176,9 @@ def test_a_run_that_was_killed_at_its_very_start_is_resumed(tmp_path):
     (tmp_path / STATE / ".state.json.abc.partial").touch()
     (tmp_path / ".model.onnx.abc.partial").mkdir()
     with pytest.raises(UserError, match="another recipe"):
-        _open_folder(tmp_path, digest, resume=True, overwrite=False)
+        open_folder(tmp_path, digest, resume=True, overwrite=False)
     (tmp_path / ".model.onnx.abc.partial").rmdir()
-    assert _open_folder(tmp_path, digest, resume=True, overwrite=False) is None
+    assert open_folder(tmp_path, digest, resume=True, overwrite=False) is None
 
 
 def test_resume_refuses_data_that_have_changed(secateurs, tmp_path, monkeypatch):
@@ -205,12 +207,12 @@ def test_resume_refuses_data_that_have_changed(secateurs, tmp_path, monkeypatch)
 
 
 def test_a_finished_run_is_known_by_what_it_was_made_from(tmp_path):
-    made = report.Report(verdict="pass", environment=environment(0, 1), digest="a" * 64)
+    made = Report(verdict="pass", environment=environment(0, 1), digest="a" * 64)
     (tmp_path / "report.json").write_text(made.to_json())
     (tmp_path / "recipe.yaml").write_bytes((ROOT / RECIPE).read_bytes())
-    assert _open_folder(tmp_path, "a" * 64, resume=True, overwrite=False) == made
+    assert open_folder(tmp_path, "a" * 64, resume=True, overwrite=False) == made
     with pytest.raises(UserError, match="its data or the code of its factory have changed"):
-        _open_folder(tmp_path, "b" * 64, resume=True, overwrite=False)
+        open_folder(tmp_path, "b" * 64, resume=True, overwrite=False)
 
 
 def _kill_and_resume(folder: Path, kills: int, seed: int) -> None:

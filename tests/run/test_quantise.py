@@ -12,7 +12,7 @@ import pytest
 
 from secateurs import cli
 from secateurs.report import report_schema
-from secateurs.runner import OUTPUTS
+from secateurs.run_folder import OUTPUTS
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("dense", "pruned", "quantised", "pruned and quantised")

@@ -16,7 +16,7 @@ import yaml
 import secateurs
 from secateurs.plan import DropBlock, Plan, RemoveUnits
 from secateurs.report import report_schema
-from secateurs.runner import OUTPUTS
+from secateurs.run_folder import OUTPUTS
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.alone

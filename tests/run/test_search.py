@@ -13,7 +13,7 @@ from secateurs.intervals import paired_difference_interval
 from secateurs.judging import Judge
 from secateurs.plan import DropBlock, Plan, RemoveUnits
 from secateurs.report import report_schema
-from secateurs.runner import OUTPUTS
+from secateurs.run_folder import OUTPUTS
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "examples/search.yaml"

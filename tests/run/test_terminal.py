@@ -95,6 +95,38 @@ def test_a_pipe_gets_neither_progress_nor_colours_and_a_dry_run_writes_nothing(t
     assert sorted(ROOT.iterdir()) == before
 
 
+@pytest.mark.parametrize(("variable", "shown"), [("NONE", True), ("CI", False)])
+def test_a_log_gets_a_line_now_and_then(secateurs, monkeypatch, variable, shown):
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr("secateurs.progress.PAUSE", 0.0)
+    ended = secateurs(*SHORT)
+    assert ended.code == 0
+    assert ("cka-cluster: 0 of 1 looking for edits" in ended.err) == shown
+    assert bool(ended.err) == shown
+
+
+@pytest.mark.parametrize("more", [{}, {"COLUMNS": "80"}])
+def test_tables_are_whole_where_there_is_no_terminal(more):
+    """Rich takes 80 columns there; who wants so says so."""
+    plain = {name: value for name, value in environment(**more).items() if name != "COLUMNS" or more}
+    command = [*COMMAND, "passes"]
+    ended = subprocess.run(command, env=plain, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+    widest = max(map(len, ended.stdout.splitlines()))
+    assert widest == (80 if more else 160)
+
+
+def test_one_pass_is_described(secateurs):
+    shown = secateurs("passes", "mi-nodes")
+    listed = json.loads(secateurs("passes", "mi-nodes", "--json").out)
+    assert [item["name"] for item in listed] == ["mi-nodes"]
+    lines = {line.split()[0]: line for line in shown.out.splitlines() if line.split()}
+    assert set(listed[0]["settings"]) <= set(lines)
+    assert lines["target_macs"].split()[1:5] == ["none", "number", ">", "0"]
+    assert lines["ignored_layers"].split()[1:5] == ["none", "list", "of", "string"]
+    assert "Did you mean 'mi-nodes'" in secateurs("passes", "mi-node").err
+
+
 def test_every_command_takes_json():
     from secateurs import cli
     from secateurs.manager import create_manager

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from readers import good_report
 
 from secateurs.errors import DataError, PlanError, UserError
-from secateurs.files import parse_form, plain_json, refuse_links
+from secateurs.files import parse_form, plain_json, refuse_links, write_text
 from secateurs.plan import DropBlock, Plan
-from secateurs.report import Report, write_text
+from secateurs.report import Report
 from secateurs.terminal import escape
 from secateurs_adapters.artifact import read_artifact
 from secateurs_adapters.bundle import write_bundle

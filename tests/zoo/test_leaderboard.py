@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from secateurs.report import Accuracy, BudgetRow, Estimate, Latency, Ratios, Sid
 from secateurs_adapters.zoo.leaderboard import leaderboard_csv, leaderboard_json, leaderboard_junit, rows
 from secateurs_adapters.zoo.page import leaderboard_page
 from secateurs_adapters.zoo.results import Figures, Job
-from secateurs_adapters.zoo.table import LiveTable, leaderboard_table
+from secateurs_adapters.zoo.table import LiveTable, leaderboard_table, live_table
 
 EVIL = '=1+1</script><script>alert("x")</script>\x00'
 
@@ -128,6 +129,7 @@ def test_the_page_is_escaped_and_self_contained():
 
 def test_junit_has_a_case_per_model():
     root = ET.fromstring(leaderboard_junit(ROWS))
+    assert float(root.get("time")) == 3.0, "of a model on two targets, once"
     assert {name: root.get(name) for name in ("tests", "failures", "errors")} == {
         "tests": "4",
         "failures": "1",
@@ -166,6 +168,23 @@ def test_the_live_table_says_how_long_the_rest_takes(tmp_path, monkeypatch):
     assert live.__rich__().title.endswith("; about 1:20 left"), "two models, 40 seconds each"
     results |= {one.key: RESULTS[jobs[0].key] for one in jobs}
     assert "left" not in live.__rich__().title
+
+
+def test_a_log_gets_a_line_now_and_then(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr("secateurs_adapters.zoo.table.PAUSE", 0.02)
+    jobs = [one.model_copy(update={"output": tmp_path}) for one in JOBS]
+    jobs[1].stage_path.parent.mkdir(parents=True)
+    jobs[1].stage_path.write_text("pruning")
+    with live_table(jobs, {jobs[0].key: RESULTS[jobs[0].key]}):
+        time.sleep(0.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 1
+    assert set(lines) == {f"3 not run, 1 pass; now {jobs[1].name} (pruning)"}
+    monkeypatch.setenv("CI", "true")
+    with live_table(jobs, {}):
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_result_is_settled_until_the_limit_that_it_broke_changes(tmp_path):

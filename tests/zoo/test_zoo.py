@@ -195,6 +195,8 @@ def test_a_folder_that_is_in_use_or_holds_something_else_is_refused(undisturbed,
     (tmp_path / "note.txt").write_text("mine")
     assert "holds no zoo" in zoo(file, tmp_path, "--resume", environment=trivial.environment).err
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+    (tmp_path / "results").symlink_to(ran.output)
+    assert "symbolic link 'results'" in zoo(file, tmp_path, "--resume", environment=trivial.environment).err
     from filelock import FileLock
 
     with FileLock(ran.output / ".secateurs" / "zoo.lock"):

@@ -10,8 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from secateurs.errors import RecipeError, UserError
-from secateurs.files import refuse_links
-from secateurs.report import write_text
+from secateurs.files import refuse_links, write_text
 from secateurs_adapters.zoo.keys import environment_digest, result_key
 from secateurs_adapters.zoo.leaderboard import Row, leaderboard_csv, leaderboard_json, rows
 from secateurs_adapters.zoo.page import leaderboard_page
@@ -67,11 +66,13 @@ class Batch:
         jobs: in order.
         output: the zoo's folder.
         results: by key.
+        reused: results that an earlier zoo had left.
     """
 
     jobs: list[Job]
     output: Path
     results: dict[str, Result] = field(default_factory=dict)
+    reused: int = field(default=0, init=False)
     _written: float = field(default=0.0, init=False)
 
     @property
@@ -134,6 +135,7 @@ class Batch:
                 job.result_path.unlink(missing_ok=True)
                 pending.append(job)
             job.stage_path.unlink(missing_ok=True)
+        self.reused = len(self.results)
         self._write()
         try:
             if pending:

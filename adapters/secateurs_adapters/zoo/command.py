@@ -93,7 +93,7 @@ def _finish(work: Batch, junit: Path | None, as_json: bool) -> None:
     from secateurs_adapters.zoo.table import leaderboard_table
 
     if junit is not None:
-        from secateurs.report import write_text
+        from secateurs.files import write_text
         from secateurs_adapters.zoo.leaderboard import leaderboard_junit
 
         write_text(junit, leaderboard_junit(work.rows))
@@ -104,5 +104,6 @@ def _finish(work: Batch, junit: Path | None, as_json: bool) -> None:
         console.print(leaderboard_table(work.rows))
         for name, reason in {row.name: row.reason for row in work.rows if row.reason}.items():
             console.print(f"{name}: {reason}", markup=False, soft_wrap=True)
-        console.print(f"everything is in {work.output}", markup=False, soft_wrap=True)
+        reused = f"{work.reused} of {len(work.jobs)} were finished before and are kept; " if work.reused else ""
+        console.print(f"{reused}everything is in {work.output}", markup=False, soft_wrap=True)
     raise typer.Exit(0 if all(row.status == "pass" for row in work.rows) else 1)

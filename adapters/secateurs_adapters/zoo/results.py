@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from secateurs.errors import UserError
-from secateurs.files import read_form
-from secateurs.report import BudgetRow, Ratios, Side, write_text
+from secateurs.files import read_form, write_text
+from secateurs.report import BudgetRow, Ratios, Side
 
 if TYPE_CHECKING:
     from secateurs.report import Report

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from secateurs.report import write_text
+from secateurs.files import write_text
 from secateurs_adapters.zoo.launch import Launcher, Started
 from secateurs_adapters.zoo.results import Job, Result, Status
 from secateurs_adapters.zoo.worker import WAITING

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from secateurs.printed import CLOSE
+from secateurs.progress import PAUSE
 from secateurs.terminal import escape
 from secateurs_adapters.zoo.leaderboard import Row, counts, rows
 from secateurs_adapters.zoo.results import Job, Result
@@ -25,7 +27,7 @@ _COLOURS = {"pass": "green", "undecided": "yellow", "not run": "dim"}
 
 def leaderboard_table(found: Sequence[Row]) -> Table:
     """Return the rows as a table for the terminal, without the reasons."""
-    table = Table(title=_summary(found), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=_summary(found), **CLOSE)
     table.add_column("model", overflow="fold")
     for heading in ("status", "target"):
         table.add_column(heading)
@@ -58,20 +60,34 @@ class LiveTable:
         self._seen: dict[str, float] = {}
 
     def __rich__(self) -> Table:
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(**CLOSE)
         for heading in ("model", "status", "s", "reason"):
             table.add_column(heading, overflow="ellipsis", no_wrap=True)
         finished = [self._results[job.key] for job in self._jobs if job.key in self._results]
         for result in finished[-_RECENT:]:
             reason = escape("; ".join(result.reasons))
             table.add_row(escape(result.name), _coloured(result.status), _number(result.seconds, ".1f"), reason)
-        for job in self._jobs:
-            stage = "" if job.key in self._results else job.stage
-            if stage and stage != "done":
-                began = self._seen.setdefault(job.key, time.monotonic())
-                table.add_row(escape(job.name), f"[cyan]{escape(stage)}[/]", f"{time.monotonic() - began:.0f}", "")
-        table.title = _summary(rows(self._jobs, self._results)) + self._left()
+        for job, stage in self._running():
+            seconds = time.monotonic() - self._seen[job.key]
+            table.add_row(escape(job.name), f"[cyan]{escape(stage)}[/]", f"{seconds:.0f}", "")
+        table.title = self._told()
         return table
+
+    def print(self, console: Console) -> None:
+        """Print a line: how many models there are of each status, what runs, and how long the rest takes."""
+        running = ", ".join(f"{job.name} ({stage})" for job, stage in self._running())
+        console.print(escape(f"{self._told()}{'; now ' if running else ''}{running}"), soft_wrap=True)
+
+    def _running(self) -> list[tuple[Job, str]]:
+        """Return what runs and how far it is, and remember since when."""
+        stages = [(job, job.stage) for job in self._jobs if job.key not in self._results]
+        running = [(job, stage) for job, stage in stages if stage and stage != "done"]
+        for job, _ in running:
+            self._seen.setdefault(job.key, time.monotonic())
+        return running
+
+    def _told(self) -> str:
+        return _summary(rows(self._jobs, self._results)) + self._left()
 
     def _left(self) -> str:
         """Say how long the models take that are left, at the pace of those that ended since this table is shown."""
@@ -85,13 +101,34 @@ class LiveTable:
 
 @contextmanager
 def live_table(jobs: Sequence[Job], results: Mapping[str, Result]) -> Iterator[None]:
-    """Show the zoo on the terminal's standard error while a block runs; silent in CI and where there is no terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal or os.environ.get("CI"):
+    """Show the zoo on the standard error while a block runs: a table on a terminal, a line every half minute elsewhere, nothing in CI."""
+    console, table = Console(stderr=True), LiveTable(jobs, results)
+    if os.environ.get("CI"):
         yield
-        return
-    with Live(get_renderable=LiveTable(jobs, results).__rich__, console=console, refresh_per_second=2, transient=True):
+    elif console.is_terminal:
+        with Live(get_renderable=table.__rich__, console=console, refresh_per_second=2, transient=True):
+            yield
+    else:
+        with _now_and_then(lambda: table.print(console)):
+            yield
+
+
+@contextmanager
+def _now_and_then(act: Callable[[], None]) -> Iterator[None]:
+    """Call a function every `PAUSE` seconds, in a thread, while a block runs."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(PAUSE):
+            act()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
         yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _summary(found: Sequence[Row]) -> str:

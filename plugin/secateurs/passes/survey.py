@@ -20,7 +20,7 @@ from secateurs.attention import DescribeAttention, attention_groups
 from secateurs.data import Dataset
 from secateurs.groups import Group, Limits, find_groups
 from secateurs.information import Order
-from secateurs.layers import is_matrix_layer, weight_dims, widths_of
+from secateurs.layers import is_matrix_layer, unnumbered, weight_dims, widths_of
 from secateurs.moments import unit_columns
 from secateurs.passes.base import ignoring
 from secateurs.readers import observe_readers
@@ -129,12 +129,7 @@ def _refusal(model: nn.Module, example: Dataset, group: Group, settings: NodeSet
 
 def _kind(group: Group) -> tuple[str, int]:
     """Return what groups that a config file gives one width have in common."""
-    return _unnumbered(group.root), group.units
-
-
-def _unnumbered(path: str) -> str:
-    """Return a path with `*` for each index into a list: `layer.0.fc1` becomes `layer.*.fc1`."""
-    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+    return unnumbered(group.root), group.units
 
 
 def _whole_kinds(
@@ -155,7 +150,7 @@ def _whole_kinds(
         like = (
             item
             for item in skipped
-            if f"{_unnumbered(group.root)}.".startswith(f"{_unnumbered(item.where)}.")
+            if f"{unnumbered(group.root)}.".startswith(f"{unnumbered(item.where)}.")
             and width(item.where) in (width(group.root), None)
         )
         first = next(like, None)
