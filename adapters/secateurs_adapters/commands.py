@@ -16,7 +16,7 @@ from secateurs.errors import BudgetError, DataError, PluginError, RecipeError, U
 if TYPE_CHECKING:
     from secateurs.budget import Budget
     from secateurs.data import Dataset
-    from secateurs.interfaces import Metric
+    from secateurs.interfaces import Artifact, Metric
     from secateurs.report import Report
     from secateurs.settings import TargetSettings
 
@@ -141,6 +141,9 @@ def bundle(
         ),
     ] = None,
     seeded: Annotated[bool, typer.Option("--seeded", help="Make inputs from the signature; no labels travel.")] = False,
+    edge: Annotated[
+        bool, typer.Option("--edge", help="The variants with fixed shapes, which `export.edge` of the recipe writes.")
+    ] = False,
     samples: Annotated[int, typer.Option(min=1, help="Examples at the most.")] = 1000,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Examples per run, as for the run's first target by default.")
@@ -159,7 +162,6 @@ def bundle(
     It measures on the provider and with the threads of the run's first target, unless it is told otherwise there.
     """
     with _needs_onnx("bundle"):
-        from secateurs_adapters.artifact import read_artifact
         from secateurs_adapters.bundle import TOLERANCE, write_bundle
     if seeded and data is not None:
         raise RecipeError("`--seeded` and `--data` exclude each other; give one.")
@@ -167,8 +169,7 @@ def bundle(
     if examples is not None and len(examples) > samples:
         examples = examples.sampled(samples, 0)
     manifest = write_bundle(
-        read_artifact(run / "baseline.onnx"),
-        read_artifact(quantised if (quantised := run / "model.quantised.onnx").exists() else run / "model.onnx"),
+        *_bundled_files(run, edge=edge),
         output,
         data=examples,
         labelled=metric == "accuracy",
@@ -184,6 +185,20 @@ def bundle(
     typer.echo(
         f"{output}: {len(manifest['files'])} files, {size / 2**20:.1f} MiB, {manifest['examples']} examples; README.txt there says how"
     )
+
+
+def _bundled_files(run: Path, *, edge: bool) -> tuple[Artifact, Artifact]:
+    """Return the file before and the file that ships; of an edge variant, those with fixed shapes."""
+    from secateurs_adapters.artifact import read_artifact
+
+    end = ".edge.onnx" if edge else ".onnx"
+    quantised = run / f"model.quantised{end}"
+    paths = (run / f"baseline{end}", quantised if quantised.exists() else run / f"model{end}")
+    if edge and not all(path.is_file() for path in paths):
+        raise DataError(
+            f"{str(run)!r} holds no variants with fixed shapes; `export: {{edge: {{batch_size: 1}}}}` in the recipe writes them."
+        )
+    return read_artifact(paths[0]), read_artifact(paths[1])
 
 
 def _bundled_data(run: Path, data: Path | None) -> tuple[Dataset | None, str]:

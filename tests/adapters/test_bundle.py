@@ -280,6 +280,22 @@ def test_the_runs_own_examples_are_those_of_its_verdict(tmp_path, run):
     assert np.array_equal(np.load(tmp_path / "kit" / "labels.npy"), judged.labels)
 
 
+def test_the_variants_with_fixed_shapes_are_bundled_when_asked_for(tmp_path, run):
+    make(tmp_path / "out")
+    refused = run("bundle", tmp_path / "out", "--output", tmp_path / "kit", "--seeded", "--edge")
+    assert "holds no variants with fixed shapes" in str(refused.exception)
+    for name in ("baseline.edge.onnx", "model.edge.onnx"):
+        foreign.image(tmp_path / "out" / name, 17, shape=(2, 3, 10, 10))
+    assert run("bundle", tmp_path / "out", "--output", tmp_path / "kit", "--seeded", "--edge").exit_code == 0
+    manifest = json.loads((tmp_path / "kit" / "manifest.json").read_text())
+    assert manifest["models"] == {"baseline": "baseline.edge.onnx", "candidate": "model.edge.onnx"}
+    assert manifest["batch_size"] == 2
+    foreign.image(tmp_path / "out" / "model.quantised.edge.onnx", 17, shape=(2, 3, 10, 10))
+    run("bundle", tmp_path / "out", "--output", tmp_path / "other", "--seeded", "--edge")
+    manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
+    assert manifest["models"]["candidate"] == "model.quantised.edge.onnx"
+
+
 @pytest.mark.parametrize("family", ["recurrent", "cached", "fixed", "classes", "data-dependent"])
 def test_foreign_files_are_bundled_and_checked(tmp_path, family):
     path = foreign.FAMILIES[family](tmp_path / "m.onnx", 13)
