@@ -54,7 +54,7 @@ _README = """Measure the two models of this folder on this device:
     pip install "onnxruntime>=1.22" numpy
     python measure.py
 
-It measures on {provider} with {threads}, as the run did; `--provider` and `--threads` take others.
+It measures on {provider} with {threads}; `--provider` and `--threads` take others.
 It writes result.json. Bring that file back into this folder where it was made, and ask for the verdict:
 
     secateurs validate --measured result.json --budget budget.yaml
@@ -118,7 +118,7 @@ def write_bundle(
             "examples": SEEDED_EXAMPLES if data is None else len(data),
             "origin": "seeded" if data is None else data.origin,
             "batch_size": size,
-            "sequence_length": target.sequence_length,
+            "sequence_length": target.sequence_length if data is None and before.signature.has_lengths() else None,
             "tolerance": tolerance,
             "provider": target.provider,
             "options": target.options,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -159,7 +159,7 @@ def bundle(
 ) -> None:
     """Write a folder that measures both files of a run on a device that has only onnxruntime and numpy.
 
-    It measures on the provider and with the threads of the run's first target, unless it is told otherwise there.
+    It measures as for the run's first target: on its provider, with its threads and batch size; `measure.py` takes others.
     """
     with _needs_onnx("bundle"):
         from secateurs_adapters.bundle import TOLERANCE, write_bundle
@@ -168,14 +168,19 @@ def bundle(
     examples, metric = (None, "") if seeded else _bundled_data(run, data)
     if examples is not None and len(examples) > samples:
         examples = examples.sampled(samples, 0)
-    manifest = write_bundle(
-        *_bundled_files(run, edge=edge),
-        output,
-        data=examples,
-        labelled=metric == "accuracy",
-        target=_bundled_target(run, batch_size=batch_size, sequence_length=sequence_length),
-        tolerance=TOLERANCE if tolerance is None else tolerance,
-    )
+    try:
+        manifest = write_bundle(
+            *_bundled_files(run, edge=edge),
+            output,
+            data=examples,
+            labelled=metric == "accuracy",
+            target=_bundled_target(run, batch_size=batch_size, sequence_length=sequence_length),
+            tolerance=TOLERANCE if tolerance is None else tolerance,
+        )
+    except DataError as error:
+        if examples is None or not edge:
+            raise
+        raise DataError(f"{error} With `--edge`, `--seeded` makes inputs of the sizes that the files fix.") from None
     size = sum(file["bytes"] for file in manifest["files"].values())
     if as_json:
         files = sorted(manifest["files"])
@@ -219,15 +224,17 @@ def _bundled_data(run: Path, data: Path | None) -> tuple[Dataset | None, str]:
 
 
 def _bundled_target(run: Path, **given: int | None) -> TargetSettings:
-    """Return the first target of a run's recipe, with what was given in its place; of a folder without a recipe, the default one."""
+    """Return the first target of a run's recipe, with what was given in its place; of a folder without a good recipe, the default one."""
     from secateurs.recipe import load_recipe
     from secateurs.settings import TargetSettings
 
-    recipe = run / "recipe.yaml"
-    targets = load_recipe(recipe).targets if recipe.exists() else ()
-    return (targets[0] if targets else TargetSettings()).model_copy(
-        update={name: value for name, value in given.items() if value is not None}
-    )
+    target = TargetSettings()
+    with suppress(
+        UserError
+    ):  # files and examples are what a bundle needs; where they are said to come from is no part of it
+        targets = load_recipe(run / "recipe.yaml").targets
+        target = next((one for one in targets if one.provider.endswith("ExecutionProvider")), target)
+    return target.model_copy(update={name: value for name, value in given.items() if value is not None})
 
 
 def _judged(

@@ -102,8 +102,9 @@ def refuse_missing() -> None:
 
 def as_asked(options: argparse.Namespace, manifest: dict[str, Any]) -> argparse.Namespace:
     """Fill in what the command line leaves open: where the run measured, which the manifest says."""
-    if options.provider is None:
-        options.provider = manifest.get("provider", "CPUExecutionProvider")
+    meant = manifest.get("provider", "CPUExecutionProvider")
+    if options.provider in (None, meant):
+        options.provider = meant
         options.option = [f"{key}={value}" for key, value in manifest.get("options", {}).items()] + options.option
     if options.threads is None:
         options.threads = manifest.get("threads", 1)
@@ -168,7 +169,10 @@ def measure(manifest: dict[str, Any], digest: str, options: argparse.Namespace) 
 
     about = fresh("about")
     if options.provider not in about["providers"]:
-        raise RefusedError(f"{options.provider} is not available here; available: {', '.join(about['providers'])}.")
+        raise RefusedError(
+            f"{options.provider} is not available here; available: {', '.join(about['providers'])}; "
+            "choose with --provider."
+        )
     checked = fresh("correctness")
     latency = [fresh("latency", order=SIDES if n % 2 == 0 else SIDES[::-1]) for n in range(options.processes)]
     memory: dict[str, list[Any]] = {"base": [], "baseline": [], "candidate": []}

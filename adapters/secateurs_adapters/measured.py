@@ -150,7 +150,7 @@ class _Manifest(BaseModel):
     batch_size: Count
     sequence_length: Annotated[int, Field(ge=1)] | None
     tolerance: Annotated[float, Field(ge=0)]
-    provider: Name | None = None
+    provider: Text | None = None
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     files: dict[str, _File]
 
@@ -223,13 +223,13 @@ def judge_result(
 
 
 def _other_conditions(result: Result, manifest: _Manifest) -> list[str]:
-    """Say where the device measured otherwise than the run that the bundle comes from."""
+    """Say where the device measured otherwise than the bundle was made for."""
     pairs = (
         ("provider", result.provider, manifest.provider),
         ("threads", result.threads, manifest.threads),
     )
     return [
-        f"{what}: {got} on the device, {meant} in the run; `python measure.py --{what} {meant}` measures as the run did"
+        f"{what}: {got} on the device, though the bundle was made for {meant}; `python measure.py` without `--{what}` takes that"
         for what, got, meant in pairs
         if meant not in (None, got)
     ]

@@ -268,6 +268,8 @@ def _passes(
         try:
             listed.append(_describe(entry))
         except PluginError as error:
+            if name is not None:
+                raise
             _err.print(f"[yellow]warning:[/] {escape(str(error))}", soft_wrap=True)
     if as_json:
         sys.stdout.write(json.dumps(listed, indent=2) + "\n")

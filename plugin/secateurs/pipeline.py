@@ -212,7 +212,7 @@ def _run_pass(session: Session, step: Pass, outcome: Outcome) -> Outcome:
         candidate, mended = _mend(session, step.name, applied(current, certified.plan), entry, total, proposal)
         accepted, value = _judge(session, proposal, candidate, reference)
         shown = None if value is None else sign * value
-        tally.rounds.append({"edits": certified.plan.removes, "accepted": accepted, "validation": shown, **mended})
+        tally.rounds.append({"edits": certified.plan.removals, "accepted": accepted, "validation": shown, **mended})
         step.answer(accepted)
         if accepted:
             current, tally.plan, latest = candidate, total, value
@@ -227,7 +227,7 @@ def _run_pass(session: Session, step: Pass, outcome: Outcome) -> Outcome:
     record = PassRecord(
         name=step.name,
         settings=step.settings.model_dump(mode="json"),
-        edits=tally.plan.removes,
+        edits=tally.plan.removals,
         skipped=list(tally.skipped.values()),
         certificate=tally.certificate,
         seconds=time.perf_counter() - began,

@@ -131,7 +131,12 @@ class Plan(BaseModel):
         return Plan(edits=self.edits + other.edits)
 
     @property
-    def removes(self) -> int:
+    def removes(self) -> bool:
+        """Whether any edit takes something away."""
+        return self.removals > 0
+
+    @property
+    def removals(self) -> int:
         """How many edits take something away; the others change the form alone."""
         return sum(isinstance(edit, (DropBlock, RemoveUnits)) for edit in self.edits)
 

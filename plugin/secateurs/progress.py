@@ -28,7 +28,8 @@ PAUSE = 30.0
 def progress_bar(manager: Manager) -> Iterator[Any]:
     """Show progress on the standard error while a block works, fed by the hook `secateurs_progress`.
 
-    A bar with the time left on a terminal; a line every half minute where there is none, such as in a log; nothing in CI, where `CI` is set.
+    A bar with the time left on a terminal; at most a line every half minute where there is none, such as in a log; nothing in CI, where `CI` is
+    set.
 
     Args:
         manager: whose plugins hear of every step, and where the bar is one of them meanwhile.

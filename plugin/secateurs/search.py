@@ -189,7 +189,7 @@ class Search:
             number=number,
             blocks=candidate.blocks,
             target=candidate.target,
-            edits=outcome.plan.removes,
+            edits=outcome.plan.removals,
             cost_ratio=ratio,
             macs_ratio=macs,
             params_ratio=parameters,

@@ -63,7 +63,7 @@ def test_a_result_becomes_a_verdict(kit, tmp_path, run):
     assert figures["latency_ms"]["p50"] == pytest.approx(np.median(samples))
     assert figures["latency_ms"]["n"] == len(samples) == 5 * 2 * 4
     assert (figures["batch_size"], figures["threads"]) == (4, 2)  # as the run, which the command line left open
-    assert not any("in the run" in note for note in report["notes"])
+    assert not any("made for" in note for note in report["notes"])
     assert figures["nodes_per_provider"].keys() == figures["time_per_provider"].keys() == {"CPUExecutionProvider"}
     assert figures["peak_memory_bytes"] >= 0
     assert report["baseline"]["accuracy"]["value"] == 1.0
@@ -94,7 +94,8 @@ def test_a_device_that_measured_otherwise_than_the_run_is_noted(kit, tmp_path, r
     result = json.loads((other / "result.json").read_text())
     (other / "result.json").write_text(json.dumps({**result, "threads": 1}))
     notes = json.loads(run("validate", "--measured", other / "result.json", "--json").stdout)["notes"]
-    assert "threads: 1 on the device, 2 in the run; `python measure.py --threads 2` measures as the run did" in notes
+    said = "though the bundle was made for 2; `python measure.py` without `--threads` takes that"
+    assert f"threads: 1 on the device, {said}" in notes
 
 
 @pytest.mark.parametrize("missing", ["numpy", "onnxruntime"])
@@ -254,8 +255,10 @@ def test_the_command_bundles_other_data_or_seeded_inputs(tmp_path, run):
     assert json.loads((tmp_path / "seeded" / "manifest.json").read_text())["labels"] is None
     again = run("bundle", tmp_path / "out", "--output", tmp_path / "kit", "--seeded")
     assert "has content" in str(again.exception)
+    (tmp_path / "out" / "recipe.yaml").write_text("no: recipe")  # neither way needs one
+    assert run("bundle", tmp_path / "out", "--output", tmp_path / "foreign", "--seeded").exit_code == 0
     assert run("bundle", tmp_path / "none", "--output", tmp_path / "x", "--seeded").exception.exit_code == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kit", "out", "seeded"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "kit", "out", "seeded"]
 
 
 def test_the_runs_own_examples_are_those_of_its_verdict(tmp_path, run):
@@ -272,7 +275,7 @@ def test_the_runs_own_examples_are_those_of_its_verdict(tmp_path, run):
     assert done.exit_code == 0, (done.output, done.exception)
     manifest = json.loads((tmp_path / "kit" / "manifest.json").read_text())
     assert (manifest["provider"], manifest["threads"]) == ("CPUExecutionProvider", 3)
-    assert "on CPUExecutionProvider with 3 threads, as the run did" in (tmp_path / "kit" / "README.txt").read_text()
+    assert "on CPUExecutionProvider with 3 threads;" in (tmp_path / "kit" / "README.txt").read_text()
     other = Dataset({"x": data.inputs["x"] + 1}, data.labels)
     judged = resolve_roles({"calibration": other, "evaluation": data}, {"evaluation": 9}, 3, cut=()).evaluation
     with np.load(tmp_path / "kit" / "inputs.npz") as archive:
@@ -290,6 +293,12 @@ def test_the_variants_with_fixed_shapes_are_bundled_when_asked_for(tmp_path, run
     manifest = json.loads((tmp_path / "kit" / "manifest.json").read_text())
     assert manifest["models"] == {"baseline": "baseline.edge.onnx", "candidate": "model.edge.onnx"}
     assert manifest["batch_size"] == 2
+    foreign.image(tmp_path / "out" / "baseline.edge.onnx", 17, shape=(2, 3, 12, 12))
+    wrong = run(
+        "bundle", tmp_path / "out", "--output", tmp_path / "x", "--data", tmp_path / "out" / "data.npz", "--edge"
+    )
+    assert "`--seeded` makes inputs of the sizes that the files fix" in str(wrong.exception)
+    foreign.image(tmp_path / "out" / "baseline.edge.onnx", 17, shape=(2, 3, 10, 10))
     foreign.image(tmp_path / "out" / "model.quantised.edge.onnx", 17, shape=(2, 3, 10, 10))
     run("bundle", tmp_path / "out", "--output", tmp_path / "other", "--seeded", "--edge")
     manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())

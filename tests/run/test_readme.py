@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from secateurs.recipe import parse_recipe
+from secateurs.manager import create_manager
+from secateurs.pipeline import build_pass
+from secateurs.recipe import parse_recipe, settings_from
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,6 +86,15 @@ def test_the_first_command_works_in_a_clone(tmp_path):
 def test_a_piece_of_a_recipe_is_one(block):
     recipe = parse_recipe({**WHOLE, **yaml.safe_load(block)}, folder=ROOT)
     assert parse_recipe(yaml.safe_load(recipe.to_yaml()), folder=ROOT) == recipe
+    manager = create_manager()
+    known = manager.registries
+    assert recipe.metric in known.metrics
+    assert recipe.export.exporter in known.exporters
+    for spec in recipe.passes:
+        build_pass(spec, manager)
+    for role, spec in recipe.data.items():
+        options = {"processor": "the network's", **spec.options} if spec.source == "hf" else spec.options
+        settings_from(known.datasets[spec.source].load_settings(), options, role)
 
 
 def test_every_language_is_known():

@@ -18,6 +18,7 @@ from secateurs.manager import create_manager
 from secateurs.pipeline import run_passes
 from secateurs.plan import Plan
 from secateurs.recipe import load_recipe
+from secateurs.run_folder import OUTPUTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,7 +83,7 @@ def test_two_processes_give_one_folder_and_one_report(tmp_path):
     done = launched("run", recipe, "--output", out)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("verdict: pass") == 1
-    assert set(runner.OUTPUTS) <= {path.name for path in out.iterdir()}
+    assert set(OUTPUTS) <= {path.name for path in out.iterdir()}
     assert not (out / ".secateurs").exists()
     assert json.loads((out / "report.json").read_text())["verdict"] == "pass"
     prepared = runner.prepare(load_recipe(recipe), create_manager())

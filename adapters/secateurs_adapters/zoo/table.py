@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -22,6 +22,8 @@ __all__ = ["LiveTable", "leaderboard_table", "live_table"]
 
 _RECENT = 8
 """Finished models that stay in view."""
+_LOOK = 0.5
+"""Seconds between two looks at what runs."""
 _COLOURS = {"pass": "green", "undecided": "yellow", "not run": "dim"}
 
 
@@ -67,7 +69,7 @@ class LiveTable:
         for result in finished[-_RECENT:]:
             reason = escape("; ".join(result.reasons))
             table.add_row(escape(result.name), _coloured(result.status), _number(result.seconds, ".1f"), reason)
-        for job, stage in self._running():
+        for job, stage in self.look():
             seconds = time.monotonic() - self._seen[job.key]
             table.add_row(escape(job.name), f"[cyan]{escape(stage)}[/]", f"{seconds:.0f}", "")
         table.title = self._told()
@@ -75,11 +77,11 @@ class LiveTable:
 
     def print(self, console: Console) -> None:
         """Print a line: how many models there are of each status, what runs, and how long the rest takes."""
-        running = ", ".join(f"{job.name} ({stage})" for job, stage in self._running())
+        running = ", ".join(f"{job.name} ({stage})" for job, stage in self.look())
         console.print(escape(f"{self._told()}{'; now ' if running else ''}{running}"), soft_wrap=True)
 
-    def _running(self) -> list[tuple[Job, str]]:
-        """Return what runs and how far it is, and remember since when."""
+    def look(self) -> list[tuple[Job, str]]:
+        """Return what runs and how far it is, and remember since when: what is never seen to run does not count for the pace."""
         stages = [(job, job.stage) for job in self._jobs if job.key not in self._results]
         running = [(job, stage) for job, stage in stages if stage and stage != "done"]
         for job, _ in running:
@@ -106,21 +108,25 @@ def live_table(jobs: Sequence[Job], results: Mapping[str, Result]) -> Iterator[N
     if os.environ.get("CI"):
         yield
     elif console.is_terminal:
-        with Live(get_renderable=table.__rich__, console=console, refresh_per_second=2, transient=True):
+        with Live(get_renderable=table.__rich__, console=console, refresh_per_second=1 / _LOOK, transient=True):
             yield
     else:
-        with _now_and_then(lambda: table.print(console)):
+        with _meanwhile(table, console):
             yield
 
 
 @contextmanager
-def _now_and_then(act: Callable[[], None]) -> Iterator[None]:
-    """Call a function every `PAUSE` seconds, in a thread, while a block runs."""
+def _meanwhile(table: LiveTable, console: Console) -> Iterator[None]:
+    """Look at what runs as often as a terminal does, and print a line every `PAUSE` seconds, in a thread, while a block runs."""
     ended = threading.Event()
 
     def repeat() -> None:
-        while not ended.wait(PAUSE):
-            act()
+        printed = time.monotonic()
+        while not ended.wait(min(_LOOK, PAUSE)):
+            table.look()
+            if time.monotonic() - printed >= PAUSE:
+                table.print(console)
+                printed = time.monotonic()
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
