@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from secateurs.plan import unnumbered
 from secateurs_adapters.svg import WIDTH, Axis, Figure, frame, shortened, svg, tag
 
 __all__ = ["Group", "Point", "heat_map", "memory_curve", "scatter", "unit_bars"]
@@ -191,13 +192,20 @@ class Group:
 
 
 def unit_bars(groups: Sequence[Group]) -> Figure:
-    """Draw a bar for each group: units kept of those that were there; the reason shows on hover and on focus."""
-    high = max((group.before for group in groups), default=1)
+    """Draw a bar for each group: units kept of those that were there; the reason shows on hover and on focus.
+
+    Layers whose paths differ by numbers alone share a scale: the few heads of an attention would be no bars on that of its neurons.
+    """
+    high: dict[str, int] = {}
+    for group in groups:
+        kind = unnumbered(group.root)
+        high[kind] = max(high.get(kind, 1), group.before)
     shown: list[str] = []
     for number, group in enumerate(groups[:_LARGEST]):
         y = 4 + 28.0 * number
         told = f"{group.kept} of {group.before}"
-        full, kept = (WIDTH - 2) * group.before / high, (WIDTH - 2) * group.kept / high
+        scale = (WIDTH - 2) / high[unnumbered(group.root)]
+        full, kept = scale * group.before, scale * group.kept
         shown.append(
             tag(
                 "g",
@@ -218,7 +226,8 @@ def unit_bars(groups: Sequence[Group]) -> Figure:
     description = f"{kept_} of {before} units kept in {len(groups)} groups"
     return Figure(
         "Units kept, by layer",
-        "The whole bar is what was there, the filled part what stays. Point at a bar, or step to it with the Tab key, for the reason.",
+        "The whole bar is what was there, the filled part what stays; layers whose names differ by numbers alone share a scale. Point at a bar "
+        "or step to it with the Tab key for the reason.",
         svg("Units kept, by layer", description, 8 + 28.0 * min(len(groups), _LARGEST), *shown, role="list"),
         ("layer", "units before", "kept", "share", "reason"),
         [(g.root, str(g.before), str(g.kept), f"{g.kept / max(g.before, 1):.3f}", g.reason) for g in groups[:_LARGEST]],

@@ -15,7 +15,8 @@ import numpy as np
 from torch import nn
 
 from secateurs.groups import Group, Index, Member, Slot, WidthAttribute
-from secateurs.layers import is_matrix_layer, unnumbered, widths_of
+from secateurs.layers import is_matrix_layer, widths_of
+from secateurs.plan import unnumbered
 from secateurs.report import Skipped
 
 __all__ = ["AttentionHeads", "DescribeAttention", "attention_groups", "describe"]

@@ -21,7 +21,6 @@ __all__ = [
     "is_stored_transposed",
     "mixes",
     "slice_dimensions",
-    "unnumbered",
     "weight_dims",
     "weight_matrix",
     "width_attributes",
@@ -135,12 +134,3 @@ def width_attributes(layer: nn.Module, kind: Kind) -> tuple[str, ...]:
     if kind == "pass":
         return ("in_channels", "out_channels", "groups")
     return ("out_channels",) if kind == "out" else ("in_channels",)
-
-
-def unnumbered(path: str) -> str:
-    """Return a module's path with `*` for each index into a list: what layers of one kind have in common.
-
-    >>> unnumbered("layer.0.fc1")
-    'layer.*.fc1'
-    """
-    return ".".join("*" if part.isdigit() else part for part in path.split("."))

@@ -16,7 +16,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from secateurs.errors import PlanError
 from secateurs.files import plain_json, read_file, write_text
 
-__all__ = ["AddBias", "DropBlock", "Edit", "Plan", "RemoveUnits", "SetAttribute", "Slice", "SplitAttention"]
+__all__ = [
+    "AddBias",
+    "DropBlock",
+    "Edit",
+    "Plan",
+    "RemoveUnits",
+    "SetAttribute",
+    "Slice",
+    "SplitAttention",
+    "unnumbered",
+]
 
 MAX_PLAN_BYTES = 64 * 1024 * 1024
 
@@ -198,3 +208,12 @@ class Plan(BaseModel):
     def load(cls, path: Path) -> Plan:
         """Read a plan from `path`."""
         return cls.from_json(read_file(path, "plan", PlanError, limit=MAX_PLAN_BYTES))
+
+
+def unnumbered(path: str) -> str:
+    """Return a module's path with `*` for each index into a list: what layers of one kind have in common.
+
+    >>> unnumbered("layer.0.fc1")
+    'layer.*.fc1'
+    """
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))

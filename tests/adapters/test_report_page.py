@@ -262,8 +262,17 @@ def test_neighbours_of_a_large_heat_map_are_joined_and_cover_everything():
     assert figure.headings == ("", "block", "with the next")
 
 
+def test_bars_of_layers_of_one_kind_share_a_scale():
+    groups = [Group(f"layers.{n}.{name}", units, 2, "") for n in (0, 1) for name, units in (("heads", 4), ("mlp", 64))]
+    widths = [number(one, "width")[0] for one in of(drawn(unit_bars(groups)), "rect", "track")]
+    assert widths == pytest.approx([widths[0]] * 4)
+    half = unit_bars([Group("layers.0.mlp", 64, 2, ""), Group("layers.1.mlp", 32, 2, "")])
+    widths = [number(one, "width")[0] for one in of(drawn(half), "rect", "track")]
+    assert widths[0] == pytest.approx(2 * widths[1], abs=0.02)
+
+
 def test_bars_are_as_long_as_their_units_and_say_why_to_mouse_and_keyboard():
-    groups = [Group("conv1", 64, 16, "little information"), Group("conv2", 32, 32, "kept whole")]
+    groups = [Group("conv.1", 64, 16, "little information"), Group("conv.2", 32, 32, "kept whole")]
     root = drawn(unit_bars(groups))
     bars = of(root, "g", "bar")
     tracks, kept = of(root, "rect", "track"), of(root, "rect", "kept")

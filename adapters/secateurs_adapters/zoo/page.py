@@ -68,7 +68,7 @@ def _shown(row: Row, columns: Sequence[tuple[str, str, float, str]]) -> dict[str
         "name": row.name,
         "status": row.status,
         "kind": kinds.get(row.status, "bad"),
-        "target": row.target,
+        "target": row.target.replace("ExecutionProvider", ""),
         "reason": row.reason,
         "link": f"{row.folder}/report.html" if row.folder else row.log,
         "attempts": "" if row.attempts is None else row.attempts,

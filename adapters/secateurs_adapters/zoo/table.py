@@ -40,7 +40,7 @@ def leaderboard_table(found: Sequence[Row]) -> Table:
         table.add_row(
             escape(row.name),
             _coloured(row.status),
-            escape(row.target),
+            escape(row.target.replace("ExecutionProvider", "")),
             *(_number(value, ".3f") for value in (row.macs_ratio, row.artifact_ratio)),
             *(_number(value, ".4f") for value in (accuracy, row.accuracy_drop)),
             *(_number(value, ".3f") for value in (row.latency_ratio, row.peak_memory_ratio)),

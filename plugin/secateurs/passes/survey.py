@@ -20,9 +20,10 @@ from secateurs.attention import DescribeAttention, attention_groups
 from secateurs.data import Dataset
 from secateurs.groups import Group, Limits, find_groups
 from secateurs.information import Order
-from secateurs.layers import is_matrix_layer, unnumbered, weight_dims, widths_of
+from secateurs.layers import is_matrix_layer, weight_dims, widths_of
 from secateurs.moments import unit_columns
 from secateurs.passes.base import ignoring
+from secateurs.plan import unnumbered
 from secateurs.readers import observe_readers
 from secateurs.refit import following_norms, refittable
 from secateurs.report import Skipped
