@@ -274,7 +274,7 @@ def scatter(title: str, caption: str, x_label: str, y_label: str, points: Sequen
     described = f"{y_label} against {x_label}: {described}"
     return Figure(
         title,
-        caption,
+        f"{caption}{'' if all(point.low is None for point in points) else '; a line is the exact 95 % interval'}.",
         svg(title, described, 278, *frame(x, y), *marks, *_legend(kinds, 270)),
         ("", "", x_label, y_label, "interval", "why"),
         [

@@ -144,7 +144,7 @@ def _search_figure(report: Report) -> Figure | None:
     metric = report.baseline.accuracy.metric if report.baseline.accuracy else "metric"
     return scatter(
         "Every network that was tried",
-        f"The {metric} on validation data against {cost}, candidate / baseline; a line is the 95 % interval.",
+        f"The {metric} on validation data against {cost}, candidate / baseline",
         f"{cost}, candidate / baseline",
         metric,
         points,
@@ -181,7 +181,7 @@ def _files_figure(report: Report) -> Figure | None:
     metric = report.baseline.targets[0].accuracy.metric if report.baseline.targets[0].accuracy else "metric"
     return scatter(
         f"{metric.capitalize()} against latency",
-        f"Each file on {report.baseline.targets[0].label}, on evaluation data; a line is the exact 95 % interval.",
+        f"Each file on {report.baseline.targets[0].label}, on evaluation data",
         "latency p50, ms",
         metric,
         points,

@@ -329,6 +329,12 @@ def test_labels_of_a_plot_neither_cover_each_other_nor_leave_it():
     assert len(drawn(scatter("t", "c", "cost", "metric", points)).find("desc").text) > 100
 
 
+def test_a_plot_speaks_of_intervals_only_where_there_are_some():
+    plain, known = Point("a", 1, 0.9, "accepted"), Point("b", 2, 0.8, "chosen", "", 0.7, 0.9)
+    assert scatter("t", "c", "cost", "metric", [plain]).caption == "c."
+    assert scatter("t", "c", "cost", "metric", [plain, known]).caption == "c; a line is the exact 95 % interval."
+
+
 def test_the_memory_curve_steps_through_the_bytes_of_each_node():
     figure = memory_curve("CPU", *LIVE, ["Conv /n1", None])
     root = drawn(figure)
