@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from secateurs.errors import DataError
 from secateurs.settings import TargetSettings
+from secateurs.tables import counted
 from secateurs_adapters.one_node import ONE_NODE
 from secateurs_adapters.session import Session, seeded_inputs
 
@@ -148,7 +149,7 @@ def _refuse_names(names: Iterable[Path]) -> None:
 def _write_rest(folder: Path, manifest: dict[str, Any]) -> None:
     script = importlib.resources.files("secateurs_adapters").joinpath("measure.py").read_bytes()
     (folder / "measure.py").write_bytes(script)
-    threads = f"{manifest['threads']} thread{'' if manifest['threads'] == 1 else 's'}"
+    threads = counted(manifest["threads"], "thread")
     (folder / "README.txt").write_text(_README.format(provider=manifest["provider"], threads=threads), encoding="utf-8")
     (folder / "base.onnx").write_bytes(ONE_NODE)
     manifest["files"] = {

@@ -177,7 +177,9 @@ def secateurs_register_commands(register: Registrar[Callable[..., Any]]) -> None
     """Register the sub-commands."""
     register("devices", "secateurs_adapters.commands:devices", summary="list the devices that a budget may name")
     register("validate", "secateurs_adapters.commands:validate", summary="compare two ONNX files and judge a budget")
-    register("bundle", "secateurs_adapters.commands:bundle", summary="write a folder that measures itself on a device")
+    register(
+        "bundle", "secateurs_adapters.bundle_command:bundle", summary="write a folder that measures itself on a device"
+    )
     register("report", "secateurs_adapters.report_command:report", summary="draw the report.html of a run again")
     register("zoo", "secateurs_adapters.zoo.command:zoo", summary="prune many models in one unattended batch")
     register("olive", "secateurs_adapters.olive_command:olive", summary="run an Olive workflow with our passes")

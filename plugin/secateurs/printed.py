@@ -46,8 +46,8 @@ def print_report(console: Console, report: Report, output: Path) -> None:
         console.print(
             f"{escape(record.name)}: {counted(record.edits, 'edit')}, {len(record.skipped)} skipped{proof} [dim]({record.seconds:.1f} s)[/]"
         )
-    seconds = "" if report.seconds is None else f" in {report.seconds:.1f} s"
     _print_reasons(console, report)
+    seconds = "" if report.seconds is None else f" in {report.seconds:.1f} s"
     console.print(f"{_verdict(report)}{seconds}; everything is in {escape(str(output))}", soft_wrap=True)
 
 

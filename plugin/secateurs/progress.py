@@ -40,8 +40,7 @@ def progress_bar(manager: Manager) -> Iterator[Any]:
     if not processes.is_main():
         yield lambda _: None
         return
-    console = Console(stderr=True)
-    quiet = bool(os.environ.get("CI"))
+    console, quiet = Console(stderr=True), bool(os.environ.get("CI"))
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -53,13 +52,15 @@ def progress_bar(manager: Manager) -> Iterator[Any]:
         transient=True,
         disable=quiet or not console.is_interactive,
     )
-    plugin = _Lines(console, quiet=quiet) if bar.disable else _Bar(bar)
-    manager.register(plugin, name="secateurs-progress-bar")
+    shown = None if quiet else _Lines(console) if bar.disable else _Bar(bar)
+    if shown is not None:
+        manager.register(shown, name="secateurs-progress-bar")
     try:
         with bar:
             yield lambda event: manager.hook.secateurs_progress(event=event)
     finally:
-        manager.unregister(plugin)
+        if shown is not None:
+            manager.unregister(shown)
 
 
 class _Bar:
@@ -84,13 +85,13 @@ class _Bar:
 class _Lines:
     """Prints a progress event where the last line, or the beginning, is `PAUSE` seconds ago."""
 
-    def __init__(self, console: Console, *, quiet: bool) -> None:
-        self._console, self._quiet, self._last = console, quiet, time.monotonic()
+    def __init__(self, console: Console) -> None:
+        self._console, self._last = console, time.monotonic()
 
     @hookimpl
     def secateurs_progress(self, event: ProgressEvent) -> None:
         """Show an event."""
-        if self._quiet or time.monotonic() - self._last < PAUSE:
+        if time.monotonic() - self._last < PAUSE:
             return
         self._last = time.monotonic()
         text = f"{event.task}: {event.done} of {event.total} {event.detail}"

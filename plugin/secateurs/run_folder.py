@@ -65,9 +65,8 @@ def open_folder(output: Path, digest: str, *, resume: bool, overwrite: bool) -> 
         raise UserError(
             f"the output folder {str(output)!r} is not empty ({listed}); give `--resume`, `--overwrite` or another `--output`."
         )
-    begun = state.exists() or any(
-        name != STATE for name in content
-    )  # else it was killed before it had said whose folder this is
+    # Else it was killed before it had said whose folder this is.
+    begun = state.exists() or any(name != STATE for name in content)
     if resume and begun:
         known = _digest_of(state) if state.exists() else _digest_of_finished(output)
         if known != digest:

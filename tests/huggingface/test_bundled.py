@@ -8,7 +8,7 @@ import yaml
 from secateurs.manager import create_manager
 from secateurs.recipe import load_recipe
 from secateurs.runner import prepare
-from secateurs_adapters.commands import _bundled_data
+from secateurs_adapters.bundle_command import _bundled_data
 
 
 def test_the_networks_own_processor_reads_the_examples(tmp_path, bert, reviews):
