@@ -49,7 +49,8 @@ class MemoryFigures:
         peak_memory_bytes: peak of anonymous memory.
         resident_memory_bytes: peak of the resident set, with file-backed pages.
         proportional_memory_bytes: proportional set (PSS) after the runs, the session still loaded: file-backed pages count
-            by the share of this process. The system records no peak of it.
+            by the share of this process, so it moves by megabytes when other processes that run onnxruntime come and go.
+            The system records no peak of it.
         reason: why something was not measured, or how it was approximated; empty otherwise.
     """
 

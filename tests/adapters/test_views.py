@@ -60,6 +60,7 @@ def test_the_views_of_shipped_files_and_their_differences(exported):
         )
 
 
+@pytest.mark.alone  # Another process that loads onnxruntime meanwhile takes a share of the pages of its library.
 @pytest.mark.skipif(sys.platform != "linux", reason="PSS is read from /proc/self/smaps_rollup")
 def test_the_proportional_set_holds_what_the_process_alone_holds(tmp_path):
     [views] = take_views([read_artifact(wide(tmp_path / "big.onnx", 8 * MIB))], QUICK)
