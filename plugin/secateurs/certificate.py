@@ -30,8 +30,25 @@ __all__ = ["Certified", "certify", "certify_network", "keep_certified", "masks_o
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest difference, as a share of the output scale, by the dtype of the output."""
 BATCH_SIZES = (2, 5)
+SMALLEST_SHARE = 1e-3
+"""An output's scale counts as at least this share of the largest output's: rounding inside the network is relative to what is large in it."""
 SHORTEST_SEQUENCE = 4
 """Sequences of at least this length are compared at half of it too."""
+
+
+@dataclass
+class _Difference:
+    """What is known of one output so far: its largest difference, its scale, and the tolerance that its dtype allows."""
+
+    max_abs: float = 0.0
+    scale: float = 0.0
+    tolerance: float = 0.0
+
+    def add(self, expected: Tensor, got: Tensor) -> None:
+        difference = (expected.double() - got.double()).abs().max()
+        self.max_abs = max(self.max_abs, float(difference.nan_to_num(nan=float("inf"))))
+        self.scale = max(self.scale, float(expected.abs().max()))
+        self.tolerance = TOLERANCE.get(expected.dtype, TOLERANCE[torch.float32])
 
 
 @dataclass(frozen=True)
@@ -98,7 +115,7 @@ def certify(original: nn.Module, plan: Plan, data: Dataset, *, batch_sizes: Sequ
         batch_sizes: the sizes of the batches to compare on.
 
     Returns:
-        The largest difference over all outputs and batches, the output scale and the tolerance; ask it whether it `holds`.
+        As `certify_network`; ask it whether it `holds`.
 
     Raises:
         CertificateError: it cannot be measured: the outputs are constant or not finite, or the plan does not run.
@@ -117,8 +134,8 @@ def certify_network(
 ) -> Certificate:
     """Measure the difference between a pruned network, however it was made, and the original masked as `plan` says.
 
-    Inputs that are sequences of integers are compared on their first half too, where the original runs on it: what was cut right for one
-    length only shows there.
+    Each output is held to its own scale, so that large coordinates do not hide wrong scores beside them. Inputs that are sequences of
+    integers are compared on their first half too, where the original runs on it: what was cut right for one length only shows there.
 
     Args:
         original: the network before the plan; it is not changed.
@@ -128,7 +145,8 @@ def certify_network(
         batch_sizes: the sizes of the batches to compare on.
 
     Returns:
-        The largest difference over all outputs, batches and lengths, the output scale and the tolerance; ask it whether it `holds`.
+        Difference over all batches and lengths, scale and tolerance of the output that comes closest to its tolerance; ask it whether it
+        `holds`.
 
     Raises:
         CertificateError: it cannot be measured: the outputs are constant or not finite, or one of the two does not run.
@@ -138,7 +156,7 @@ def certify_network(
         masks = masks_of(original, plan, data.take(range(min(len(data), max(batch_sizes)))))
     except DOES_NOT_RUN as error:
         raise CertificateError(f"the masked original does not run: {first_line(error)}") from error
-    largest, scale, tolerance = 0.0, 0.0, TOLERANCE[torch.float64]
+    outputs: list[_Difference] = []
     sizes = sorted({min(size, len(data)) for size in batch_sizes})
     for batch, shorter in _batches(data, sizes):
         with inference(original, pruned):
@@ -155,16 +173,24 @@ def certify_network(
             raise CertificateError(
                 f"the pruned network returns {len(got)} tensors where the original returns {len(expected)}"
             )
-        for a, b in zip(expected, got, strict=True):
+        outputs += [_Difference() for _ in range(len(expected) - len(outputs))]
+        for a, b, output in zip(expected, got, outputs[: len(expected)], strict=True):
             if a.shape != b.shape:
                 raise CertificateError(
                     f"the pruned network returns shape {tuple(b.shape)} where the original returns {tuple(a.shape)}"
                 )
-            difference = (a.double() - b.double()).abs().max()
-            largest = max(largest, float(difference.nan_to_num(nan=float("inf"))))
-            scale = max(scale, float(a.abs().max()))
-            tolerance = max(tolerance, TOLERANCE.get(a.dtype, TOLERANCE[torch.float32]))
-    return Certificate(max_abs=largest, scale=scale, tolerance=tolerance, batch_sizes=sizes)
+            output.add(a, b)
+    return _worst(outputs, sizes)
+
+
+def _worst(outputs: Sequence[_Difference], sizes: list[int]) -> Certificate:
+    """Return the certificate of the output that comes closest to its tolerance, or goes furthest beyond it."""
+    least = SMALLEST_SHARE * max(output.scale for output in outputs)
+    found = [
+        Certificate(max_abs=one.max_abs, scale=max(one.scale, least), tolerance=one.tolerance, batch_sizes=sizes)
+        for one in outputs
+    ]
+    return max(found, key=lambda one: (one.share / one.tolerance, one.scale))
 
 
 def _batches(data: Dataset, sizes: Sequence[int]) -> Iterator[tuple[Dataset, bool]]:
@@ -191,13 +217,18 @@ def _first_half(batch: Dataset) -> Dataset | None:
 
 def _run(model: nn.Module, batch: Dataset, what: str) -> list[Tensor]:
     try:
-        return output_tensors(call(model, batch))
+        outputs = output_tensors(call(model, batch))
     except DOES_NOT_RUN as error:
         raise CertificateError(f"the {what} does not run: {first_line(error)}") from error
+    return [value for value in outputs if value.numel()]
 
 
 def _refuse_constant(outputs: Sequence[Tensor]) -> None:
     """Outputs that do not depend on the input cannot certify anything."""
+    if not outputs:
+        raise CertificateError(
+            "the network returns no floating-point numbers to compare; return the scores instead of what is chosen by them"
+        )
     if not all(bool(value.isfinite().all()) for value in outputs):
         raise CertificateError("the masked original returns NaN or infinite values; it cannot certify anything")
     if all(len(value) > 1 and float((value - value[:1]).abs().max()) <= 1e-12 for value in outputs if value.ndim):

@@ -170,14 +170,8 @@ class _Tally:
 
     def certify(self, certificate: Certificate | None) -> None:
         """Keep the certificate with the largest relative difference."""
-        if certificate is not None and (
-            self.certificate is None or _relative(certificate) >= _relative(self.certificate)
-        ):
+        if certificate is not None and (self.certificate is None or certificate.share >= self.certificate.share):
             self.certificate = certificate
-
-
-def _relative(certificate: Certificate) -> float:
-    return certificate.max_abs / certificate.scale if certificate.scale else float("inf")
 
 
 def _run_pass(session: Session, step: Pass, outcome: Outcome) -> Outcome:

@@ -58,11 +58,11 @@ class Skipped(_Form):
 
 
 class Certificate(_Form):
-    """The measured difference between the pruned network and the masked original.
+    """The measured difference between the pruned network and the masked original, of the output that comes closest to its tolerance.
 
     Attributes:
-        max_abs: largest absolute difference of any output.
-        scale: largest absolute output of the masked original.
+        max_abs: largest absolute difference of that output.
+        scale: its largest absolute value in the masked original, or a thousandth of the largest output's where that is more.
         tolerance: share of `scale` that `max_abs` may reach.
         batch_sizes: the batch sizes it was measured on.
     """
@@ -71,6 +71,13 @@ class Certificate(_Form):
     scale: float
     tolerance: float = 1e-4
     batch_sizes: list[int] = Field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """`max_abs` over `scale`; 0 where nothing differs, infinite where the scale is 0."""
+        if self.max_abs == 0.0:
+            return 0.0
+        return self.max_abs / self.scale if self.scale else math.inf
 
     @property
     def holds(self) -> bool:

@@ -280,6 +280,31 @@ def test_tied_embeddings_cut_by_hand_are_refused():
     assert fails(model, plan, data)
 
 
+class Detector(nn.Module):
+    """Scores beside coordinates that are a hundred thousand times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.place = nn.Linear(12, 4)
+        self.score = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def forward(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"places": 1e5 * self.place(inputs), "scores": self.score(inputs), "none": inputs[:, :0]}
+
+
+def test_large_outputs_do_not_hide_a_wrong_one_beside_them():
+    model, data = Detector().eval(), vectors(16)
+    plan = removal(model, data, "score.0", [1, 5])
+    assert certify(model, plan, data).holds
+    certificate = certify(model, off_by_one(plan, "score.2"), data)
+    assert not certificate.holds
+    places = call(model, data.take(range(7)))["places"].detach().abs().max()
+    assert certificate.max_abs < 1e-4 * float(places), "within the tolerance of the large output"
+    assert certificate.scale == pytest.approx(1e-3 * float(places), rel=0.5), "rounding is relative to what is large"
+    assert "score.0" in {item.where for item in keep_certified(model, off_by_one(plan, "score.2"), data).vetoed}
+
+
 # --- what cannot be measured ------------------------------------------------------------------------------------------
 
 
@@ -287,6 +312,22 @@ def test_constant_outputs_certify_nothing():
     model, data = constant(), vectors(16)
     with pytest.raises(CertificateError, match="same for every example"):
         certify(model, removal(model, data, "0", [0, 1]), data)
+
+
+def test_a_network_that_returns_its_choice_certifies_nothing():
+    class Chooses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = mlp()
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.scores(inputs).argmax(1)
+
+    data = vectors(16)
+    plan = edited(removal(mlp(), data, "0", [0]), lambda p: p.model_copy(update={"module": f"scores.{p.module}"}))
+    plan = Plan(edits=tuple(edit.model_copy(update={"root": "scores.0"}) for edit in plan.of(RemoveUnits)))
+    with pytest.raises(CertificateError, match="return the scores instead"):
+        certify(Chooses().eval(), plan, data)
 
 
 def test_outputs_that_are_not_finite_certify_nothing():
