@@ -71,6 +71,7 @@ _FUSED: tuple[tuple[str, tuple[str, ...], Layout], ...] = (
     ("Wqkv", ("out_proj", "Wo"), "stacked"),
     ("query_key_value", ("dense",), "interleaved"),
 )
+_BIAS = "relative_attention_bias"
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _WIDTHS = ("all_head_size", "inner_dim", "split_size", "attn_dim", "embed_dim", "dim", "hidden_size")
@@ -131,7 +132,7 @@ def _described(
 def _tables(owner: Any, prefix: str, heads: int) -> tuple[tuple[tuple[str, int], ...], bool]:
     """Find position biases per head: a table in the module itself (Swin), or an embedding that the whole stack shares (T5)."""
     found = []
-    for name in ("relative_position_bias_table", "relative_attention_bias.weight"):
+    for name in ("relative_position_bias_table", f"{_BIAS}.weight"):
         holder, _, parameter = name.rpartition(".")
         module = getattr(owner, holder, None) if holder else owner
         tensor = getattr(module, parameter, None)
@@ -166,16 +167,28 @@ def attention_groups(model: nn.Module, describing: DescribeAttention) -> tuple[l
         if reason is not None:
             skipped.append(Skipped(where=path, reason=f"its heads cannot be removed: {reason}"))
             continue
+        shared = _shared_bias(model, path, description.heads)
         group = Group(
             root,
             description.kv_heads,
             tuple(_members(path, module, description)),
             _attributes(path, description),
-            _slots(path, description),
+            (*_slots(path, description), *((Slot(shared, "weight", 1),) if shared else ())),
         )
-        coupled.setdefault(unnumbered(path) if description.coupled else path, []).append(group)
+        together = shared or (unnumbered(path) if description.coupled else path)
+        coupled.setdefault(together, []).append(group)
     groups = [_joined(together) for together in coupled.values()]
     return groups, skipped
+
+
+def _shared_bias(model: nn.Module, path: str, heads: int) -> str:
+    """Return the path of the position biases per head that a module around `path` adds to all its layers (MPNet); empty where there is none."""
+    while path:
+        path = path.rpartition(".")[0]
+        found = getattr(model.get_submodule(path), _BIAS, None)
+        if isinstance(found, nn.Embedding) and found.embedding_dim == heads:
+            return f"{path}.{_BIAS}".lstrip(".")
+    return ""
 
 
 def _joined(groups: list[Group]) -> Group:
@@ -186,7 +199,7 @@ def _joined(groups: list[Group]) -> Group:
         groups[0].units,
         tuple(members),
         tuple(attribute for group in groups for attribute in group.attributes),
-        tuple(slot for group in groups for slot in group.slots),
+        tuple(dict.fromkeys(slot for group in groups for slot in group.slots)),
     )
 
 
