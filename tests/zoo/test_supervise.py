@@ -104,6 +104,25 @@ def test_waiting_for_a_turn_to_measure_does_not_count(job):
     assert "while measuring" in result.reasons[0]
 
 
+def test_a_stage_that_is_told_at_once_is_heard(job):
+    class Slow(Program):
+        def start(self, job):
+            process = super().start(job)
+            while not job.stage_path.exists() or not job.stage_path.read_text():
+                time.sleep(0.01)
+            return process
+
+    job.stage_path.parent.mkdir(parents=True)
+    job.stage_path.write_text("of an earlier attempt")
+    source = (
+        "import os, sys, time; path = sys.argv[1]; assert not os.path.exists(path); "
+        f"open(path, 'w').write({WAITING!r}); time.sleep(1); os.abort()"
+    )
+    result = supervise(job.model_copy(update={"retries": 0, "timeout": 30.0}), Slow(source))
+    assert f"while {WAITING}" in result.reasons[0]
+    assert result.waited_seconds == pytest.approx(1.0, abs=0.5)
+
+
 def test_memory_over_the_limit_ends_the_process_whoever_of_its_family_holds_it(job):
     hold = "x = bytearray(200 * 2**20); import time; time.sleep(60)"
     source = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {hold!r}])"

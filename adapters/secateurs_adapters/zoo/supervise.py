@@ -46,6 +46,7 @@ def supervise(job: Job, launcher: Launcher, stop: Callable[[], bool] = lambda: F
     for attempt in range(1, job.retries + 2):
         job = job.model_copy(update={"attempt": attempt})
         write_text(job.request, job.model_dump_json())
+        job.stage_path.unlink(missing_ok=True)  # before the start: the process may tell its stage at once
         end = _watch(launcher.start(job), job, stop)
         if (found := job.result()) is not None:
             return found
@@ -76,7 +77,6 @@ class _End:
 
 def _watch(process: Started, job: Job, stop: Callable[[], bool]) -> _End:
     """Wait for a process, and end it when it breaks a limit."""
-    job.stage_path.unlink(missing_ok=True)
     scale = _Scale(process.pid)
     began = last = time.monotonic()
     waited = 0.0
