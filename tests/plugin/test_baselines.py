@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from networks import mlp, vectors
+from torch import nn
 from torch.nn import functional as F
 
+from secateurs.errors import GroupError
 from secateurs.forward import predict
 from secateurs.passes.base import Context
 from secateurs.passes.baselines import Magnitude, RandomNodes, Taylor
@@ -53,6 +55,42 @@ def test_taylor_is_the_first_order_change_of_the_loss(setting, labelled):
     expected = by_hand(model, survey, lambda weight: (weight * weight.grad).abs())
     for root, units in found.items():
         assert list(units) == np.argsort(expected[root], kind="stable")[:-1].tolist()
+
+
+class TwoHeads(nn.Module):
+    """The prediction is the first output; the second head has no part in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.feature = nn.Linear(12, 8), nn.Linear(8, 6)
+        self.classes, self.box = nn.Linear(6, 3), nn.Linear(6, 4)
+
+    def forward(self, value):
+        value = self.feature(self.hidden(value).relu()).relu()
+        return self.classes(value), self.box(value)
+
+
+def test_weights_that_the_prediction_does_not_use_have_no_part_in_taylor():
+    model, data = TwoHeads().eval(), vectors(40)
+    groups, _ = checked_groups(model, data.take(range(2)), NodeSettings())
+    survey = Survey(model, groups, data, 0)
+    found = orders(Taylor(target_units=0.5), model, data, survey)
+    with torch.enable_grad():
+        prediction = model(torch.from_numpy(data.inputs["input"]))[0]
+        F.cross_entropy(prediction, prediction.argmax(1)).backward()
+    model.box.weight.grad = torch.zeros_like(model.box.weight)
+    expected = by_hand(model, survey, lambda weight: (weight * weight.grad).abs())
+    assert {root: list(units) for root, units in found.items()} == {
+        root: np.argsort(values, kind="stable")[:-1].tolist() for root, values in expected.items()
+    }
+
+
+def test_a_prediction_without_gradient_is_refused_by_taylor():
+    model = mlp()
+    step = Taylor(target_units=0.5)
+    model.register_forward_hook(lambda _, __, output: output.detach())
+    with pytest.raises(GroupError, match="'taylor' needs the gradient of the prediction"):
+        step.prepare(model, vectors(8))
 
 
 @pytest.mark.parametrize("p", [1, 2])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch_pruning.pruner import importance
 
 from secateurs.data import Dataset
+from secateurs.errors import GroupError
 from secateurs.forward import call, device_of, logits
 from secateurs.groups import Group, Limits, group_importances
 from secateurs.information import Order
@@ -96,11 +97,15 @@ class Taylor(_Importance):
 
     def weigh(self, weight: nn.Parameter) -> Tensor:
         r"""Return $|w\,\partial L/\partial w|$."""
-        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        return (weight.detach() * gradient).double().abs()
+        assert weight.grad is not None, "`prepare` gives every weight a gradient"
+        return (weight.detach() * weight.grad).double().abs()
 
     def prepare(self, model: nn.Module, data: Dataset) -> None:
-        """Leave the gradient of the mean cross entropy on calibration data in the parameters."""
+        """Leave the gradient of the mean cross entropy on calibration data in the parameters; zero where the prediction does not use one.
+
+        Raises:
+            GroupError: the prediction has no gradient.
+        """
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
             parameter.grad = None
@@ -111,7 +116,16 @@ class Taylor(_Importance):
                     labels = own_labels(flat.detach())
                 else:
                     labels = torch.as_tensor(batch.labels, device=device_of(model)).reshape(-1)
-                (label_loss(flat, labels) / len(data)).backward()
+                loss = label_loss(flat, labels) / len(data)
+                if not loss.requires_grad:
+                    raise GroupError(
+                        f"pass {self.name!r} needs the gradient of the prediction, and the first output of the network has none; return one "
+                        f"that depends on the weights without `no_grad` or `detach` first, or choose the pass 'magnitude'."
+                    )
+                loss.backward()
+        for parameter in model.parameters():
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 class RandomNodes(NodePass):
