@@ -38,7 +38,7 @@ class PruneResult:
     """What `prune` returns.
 
     Attributes:
-        model: the pruned network, in the mode of the one given.
+        model: the pruned network, each module in the mode that it had in the one given.
         plan: the edits that lead to it.
         report: what each pass did, with certificates, and parameters and MACs of both networks.
     """
@@ -138,8 +138,16 @@ def prune(
         recover(session, pruned, settings)
     report = pruning_report(session, outcome, pruned, time.perf_counter() - began)
     report.trials = [] if found is None else found.trials()
-    pruned.train(model.training)
+    _as_found(pruned, model)
     return PruneResult(pruned, outcome.plan, report)
+
+
+def _as_found(pruned: nn.Module, model: nn.Module) -> None:
+    """Give every module the mode of its namesake in `model`; what is new takes that of the module around it."""
+    modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+    for name, module in pruned.named_modules():  # from the outside in
+        mode = modes.setdefault(name, modes.get(name.rpartition(".")[0], model.training))
+        module.training = mode
 
 
 def _target(manager: Manager, settings: TargetSettings) -> Target | None:

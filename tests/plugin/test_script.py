@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from networks import images, residual
+from networks import images, residual, sequences
 from torch import nn
 
 import secateurs
@@ -95,6 +95,45 @@ def test_a_pass_that_has_run_says_so_instead_of_doing_nothing(step):
     assert prune(passes=[step]).plan.removes
     with pytest.raises(RecipeError, match=f"this pass '{step.name}' has been run before"):
         prune(passes=[step])
+
+
+# --- modes ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_module_comes_back_in_its_own_mode():
+    model = residual().train()
+    model.layers[0].bn1.eval()
+    result = secateurs.prune(model, PIXELS[:2], [PIXELS], [{"random-blocks": {"blocks": 1}}, HALF])
+    modes = {name: module.training for name, module in model.named_modules()}
+    found = {name: module.training for name, module in result.model.named_modules()}
+    assert found == {name: modes[name] for name in found}
+    assert not all(found.values())
+    assert found[""]
+
+
+class Attends(nn.Module):
+    """Attention in the form that has to be taken apart before heads go."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_a_new_module_takes_the_mode_of_the_one_around_it():
+    model, x = Attends().train(), torch.from_numpy(sequences(16).inputs["input"])
+    model.attention.eval()
+    result = secateurs.prune(model, x[:2], [x], [HALF])
+    modes = {name: module.training for name, module in result.model.named_modules()}
+    assert {name: modes[name] for name in ("", "attention", "attention.q_proj", "head")} == {
+        "": True,
+        "attention": False,
+        "attention.q_proj": False,
+        "head": True,
+    }
 
 
 # --- the report ----------------------------------------------------------------------------------------------------------------------------
