@@ -392,7 +392,8 @@ class Parity(_Form):
     Attributes:
         max_abs: largest absolute difference of any output.
         max_rel: the same as a share of the output's largest absolute value.
-        tolerance: the share that was allowed.
+        tolerance: the share of how far an output's values differ that was allowed, besides rounding.
+        worst: the largest share of what was allowed that an entry differs by; null in reports of earlier versions.
         batch_sizes: where they were compared.
         sequence_lengths: the length at each of these sizes; empty where the example's was kept.
     """
@@ -400,6 +401,7 @@ class Parity(_Form):
     max_abs: float
     max_rel: float
     tolerance: float
+    worst: float | None = None
     batch_sizes: list[int]
     sequence_lengths: list[int] = Field(default_factory=list)
 
