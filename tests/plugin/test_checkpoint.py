@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from networks import NETWORKS, images, mlp, plain, residual, tied
 
@@ -118,6 +119,95 @@ def test_another_structure_is_a_plan_error_or_a_model_error(tmp_path):
         secateurs.load(tmp_path, build=lambda: mlp(hidden=17))
     with pytest.raises(ModelError, match="do not fit the network"):
         secateurs.load(tmp_path, build=plain)
+
+
+def test_types_that_would_round_the_weights_are_refused_and_wider_ones_are_not(tmp_path):
+    checkpoint.save(mlp(), Plan(), tmp_path)
+    for narrow in (torch.float16, torch.bfloat16):
+        with pytest.raises(
+            ModelError, match=rf"is torch.float32 in the file and {narrow} .* build the network in torch.float32"
+        ):
+            secateurs.load(tmp_path, build=lambda dtype=narrow: mlp().to(dtype))
+    assert torch.equal(secateurs.load(tmp_path, build=mlp().double())[0].weight, mlp()[0].weight.double())
+    checkpoint.save(mlp().half(), Plan(), tmp_path)
+    assert torch.equal(secateurs.load(tmp_path, build=mlp)[0].weight, mlp()[0].weight.half().float())
+    with pytest.raises(ModelError, match=r"float16 in the file and torch\.bfloat16"):
+        secateurs.load(tmp_path, build=mlp().bfloat16())
+
+
+class Views(torch.nn.Module):
+    """Buffers that are parts of other tensors, each other's or none of the network's."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        table = torch.rand(10, 4, generator=generator)
+        self.register_buffer("table", table)
+        self.register_buffer("rows", table[2:5])
+        self.register_buffer("slice", torch.rand(100, 4, generator=generator)[:3])
+        self.register_buffer("columns", torch.rand(4, 6, generator=generator)[:, 1:3])
+        self.register_buffer("row", torch.rand(1, 4, generator=generator).expand(3, 4))
+        self.register_buffer("empty", torch.zeros(0))
+        self.register_buffer("turned", torch.rand(3, 4, generator=generator).T)
+
+
+def test_buffers_that_are_parts_of_tensors_come_back(tmp_path):
+    views = Views()
+    checkpoint.save(views, Plan(), tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size < 1500
+    loaded = secateurs.load(tmp_path, build=lambda: Views(seed=1))
+    state = loaded.state_dict()
+    assert state.keys() == views.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in views.state_dict().items())
+    assert loaded.rows.untyped_storage().data_ptr() == loaded.table.untyped_storage().data_ptr()
+
+
+def test_files_of_safetensors_own_function_are_read(tmp_path):
+    Plan().save(tmp_path / "plan.json")
+    safetensors.torch.save_model(tied(), str(tmp_path / "model.safetensors"))
+    assert torch.equal(secateurs.load(tmp_path, build=tied(seed=1)).head.weight, tied().head.weight)
+    checkpoint.save(tied(), Plan(), tmp_path / "ours")
+    read = tied(seed=1)
+    safetensors.torch.load_model(read, str(tmp_path / "ours" / "model.safetensors"))
+    assert torch.equal(read.head.weight, tied().head.weight)
+
+
+def test_weights_that_were_two_are_not_loaded_into_one(tmp_path):
+    apart = tied()
+    apart.head.weight = torch.nn.Parameter(apart.head.weight.detach() + 1)
+    checkpoint.save(apart, Plan(), tmp_path)
+    with pytest.raises(ModelError, match="one in the network are several in the file"):
+        secateurs.load(tmp_path, build=tied)
+    checkpoint.save(tied(), Plan(), tmp_path)
+    with pytest.raises(ModelError, match=r"the file lacks \['head\.weight'\]"):
+        secateurs.load(tmp_path, build=lambda: apart)
+
+
+class Remembers(torch.nn.Linear):
+    def __init__(self, state):
+        super().__init__(2, 2)
+        self.state = state
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+def test_a_state_of_a_module_is_saved_where_it_is_a_tensor_and_refused_otherwise(tmp_path):
+    checkpoint.save(Remembers(torch.ones(3)), Plan(), tmp_path)
+    assert torch.equal(secateurs.load(tmp_path, build=Remembers(torch.zeros(3))).state, torch.ones(3))
+    checkpoint.save(Remembers(None), Plan(), tmp_path)
+    assert secateurs.load(tmp_path, build=Remembers(None)).state is None
+    with pytest.raises(ModelError, match=r"'_extra_state' of the network is a dict, .* Let `get_extra_state`"):
+        checkpoint.save(Remembers({"scale": 1.0}), Plan(), tmp_path)
+
+
+def test_a_network_without_values_is_refused(tmp_path):
+    checkpoint.save(mlp(), Plan(), tmp_path)
+    with pytest.raises(ModelError, match=r"'0\.weight' is on the meta device"):
+        secateurs.load(tmp_path, build=mlp().to("meta"))
 
 
 def test_a_build_that_returns_no_module(tmp_path):
