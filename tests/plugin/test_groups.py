@@ -195,7 +195,41 @@ def test_limits_leave_small_groups_alone():
     assert "stem" in {item.where for item in skipped}
 
 
-ORIGINALS = (tp_graph.Group, tp_mapping.update_index_mapping, tp_mapping.update_concat_index_mapping)
+class Joined(nn.Module):
+    """Reads a concatenation of which torch-pruning cannot tell how wide its parts are."""
+
+    def __init__(self, doubled):
+        super().__init__()
+        self.doubled = doubled
+        self.first, self.second, self.third = nn.Conv2d(3, 16, 1), nn.Conv2d(32, 8, 1), nn.Conv2d(8, 6, 1)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, value):
+        value = self.first(value)
+        if self.doubled:
+            half, gate = value.chunk(2, 1)
+            half = half * torch.sigmoid(gate)
+            parts = [half, half, half, half]
+        else:
+            parts = [value, (self.scale * value.mean()).expand_as(value)]
+        return self.third(self.second(torch.cat(parts, 1)).relu()).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("doubled", "reason"), [(True, "cannot follow its units"), (False, "its units through a concatenation")]
+)
+def test_an_operation_that_cannot_be_followed_costs_its_group_only(doubled, reason):
+    groups, skipped = checked_groups(Joined(doubled).eval(), images(4), NodeSettings())
+    assert {group.root for group in groups} == {"second"}
+    assert reason in {item.where: item.reason for item in skipped}["first"]
+
+
+def patched():
+    names = [name for name in vars(tp_mapping) if name.startswith("update_")]
+    return (tp_graph.Group, *(getattr(tp_mapping, name) for name in names))
+
+
+ORIGINALS = patched()
 
 
 def test_torch_prunings_functions_are_restored():
@@ -203,14 +237,13 @@ def test_torch_prunings_functions_are_restored():
         def forward(self, value):
             raise RuntimeError("broken")
 
-    now = lambda: (tp_graph.Group, tp_mapping.update_index_mapping, tp_mapping.update_concat_index_mapping)  # noqa: E731
     find_groups(mlp(), vectors(2))
-    assert now() == ORIGINALS
+    assert patched() == ORIGINALS
     find_groups(mlp(), vectors(2), Limits(items=1))
-    assert now() == ORIGINALS
+    assert patched() == ORIGINALS
     with pytest.raises(GroupError):
         find_groups(nn.Sequential(nn.Linear(12, 4), Broken()), vectors(2))
-    assert now() == ORIGINALS
+    assert patched() == ORIGINALS
 
 
 def test_nothing_leaks_over_repeated_calls():
