@@ -211,7 +211,7 @@ class Joined(nn.Module):
             half = half * torch.sigmoid(gate)
             parts = [half, half, half, half]
         else:
-            parts = [value, (self.scale * value.mean()).expand_as(value)]
+            parts = [value, (2 * self.scale).expand_as(value)]
         return self.third(self.second(torch.cat(parts, 1)).relu()).mean((2, 3))
 
 
