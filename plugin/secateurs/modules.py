@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
+from collections.abc import Iterator
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
-__all__ = ["Bypass", "SeparateAttention"]
+__all__ = ["Bypass", "SeparateAttention", "plain_facts"]
 
 
 class Bypass(nn.Module):
     """Stands where a block was: returns its first input, in the form in which the block returned its first output.
 
-    It keeps the block's plain public attributes (strings, numbers), which the network around it may read.
+    Surgery gives it the block's `plain_facts`, which the network around it may read.
 
     Args:
         elements: length of the tuple that the block returned, whose other values become None; None for a tensor.
@@ -32,6 +36,47 @@ class Bypass(nn.Module):
     def extra_repr(self) -> str:
         """Return what `print` shows."""
         return "" if self.elements is None else f"elements={self.elements}"
+
+
+def plain_facts(block: nn.Module) -> dict[str, Any]:
+    """Return the plain public attributes (text, numbers, tuples) of a block, such as the kind of mask that it wants.
+
+    What `forward` sets is no fact about the block but about the last batch, and is left out.
+    """
+    set_by_call = _set_in_forward(type(block))
+    return {
+        name: value
+        for name, value in vars(block).items()
+        if isinstance(value, (str, int, float, tuple))
+        and not name.startswith("_")
+        and name != "training"
+        and name not in set_by_call
+    }
+
+
+def _set_in_forward(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the attributes that the code of `forward`, and of the methods that it calls, assigns to."""
+    found: set[str] = set()
+    seen, waiting = set(dir(nn.Module)), ["forward"]
+    while waiting:
+        name = waiting.pop()
+        methods: list[Any] = [getattr(base, name) for base in kind.__mro__ if name in vars(base)]
+        for code in (
+            inner for method in methods for inner in _codes(getattr(inspect.unwrap(method), "__code__", None))
+        ):
+            found |= {str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"}
+            called = [other for other in code.co_names if other not in seen and callable(getattr(kind, other, None))]
+            seen.update(called)
+            waiting += called
+    return frozenset(found)
+
+
+def _codes(code: object) -> Iterator[CodeType]:
+    """Yield the code of a function and of the functions inside it."""
+    if isinstance(code, CodeType):
+        yield code
+        for inner in code.co_consts:
+            yield from _codes(inner)
 
 
 class SeparateAttention(nn.Module):

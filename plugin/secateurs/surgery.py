@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.errors import PlanError
-from secateurs.modules import Bypass, SeparateAttention
+from secateurs.modules import Bypass, SeparateAttention, plain_facts
 from secateurs.plan import AddBias, DropBlock, Edit, Plan, RemoveUnits, SetAttribute, Slice, SplitAttention
 
 __all__ = ["Bypass", "applied", "apply_plan", "is_splittable", "keep_indices"]
@@ -67,10 +67,8 @@ def _drop_block(model: nn.Module, path: str, elements: int | None) -> None:
     if not path:
         raise PlanError("the network itself cannot be bypassed; name a block.")
     bypass = Bypass(elements)
-    for name, value in vars(block).items():
-        # A network may ask its blocks for plain facts, such as the kind of mask that they want.
-        if not name.startswith("_") and name != "training" and isinstance(value, (str, int, float, tuple)):
-            setattr(bypass, name, value)
+    for name, value in plain_facts(block).items():
+        setattr(bypass, name, value)
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, bypass)
 
@@ -82,6 +80,11 @@ def _split_attention(model: nn.Module, path: str) -> None:
     assert isinstance(original, nn.MultiheadAttention)
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, SeparateAttention(original))
+    while parent:  # torch's encoder makes nested tensors of padded input for its own attention only
+        parent = parent.rpartition(".")[0]
+        around = model.get_submodule(parent)
+        if isinstance(around, nn.TransformerEncoder):
+            around.use_nested_tensor = False
 
 
 def is_splittable(module: nn.Module) -> bool:

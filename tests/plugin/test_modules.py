@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import secateurs
-from secateurs.modules import Bypass, SeparateAttention
+from secateurs.modules import Bypass, SeparateAttention, plain_facts
 from secateurs.plan import Plan, RemoveUnits, SplitAttention
 from secateurs.surgery import applied
 
@@ -52,6 +52,66 @@ def test_a_bypass_returns_its_input_in_the_form_of_the_block():
     x = torch.ones(2)
     assert Bypass()(x, "mask") is x
     assert Bypass(3)(hidden_states=x, mask=None) == (x, None, None)
+
+
+class Base(nn.Module):
+    """Keeps facts of its construction, and in `forward` and what that calls, numbers of the last batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.kind, self.window, self.scale, self.sizes, self._private = "full", 7, 0.5, (1, 2), 3
+        self.fit(1)
+
+    def fit(self, calls):
+        self.calls = calls
+
+    def forward(self, x):
+        self.mean = float(x.mean())
+        return x + self.linear(x)
+
+    def note(self, x):
+        def inside():
+            self.longest = x.shape[1]
+
+        inside()
+
+
+class Notes(Base):
+    @torch.no_grad()
+    def forward(self, x):
+        self.note(x)
+        return super().forward(x)
+
+
+def test_facts_of_a_block_are_those_of_its_construction():
+    block = Notes()
+    built = plain_facts(block)
+    assert built == {"kind": "full", "window": 7, "scale": 0.5, "sizes": (1, 2), "calls": 1}
+    block(torch.rand(2, 4))
+    assert {"mean", "longest"} <= vars(block).keys()
+    assert plain_facts(block) == built
+
+
+class Sums(nn.Module):
+    """Reads what its blocks note in a forward pass, as a mixture of experts reads the balance of its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Notes() for _ in range(4)])
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x), sum(block.mean for block in self.blocks)
+
+
+def test_a_block_whose_note_is_read_stays():
+    x = torch.rand(32, 4)
+    result = secateurs.prune(Sums().eval(), x[:2], [x], [{"random-blocks": {"blocks": 1, "refit": "none"}}])
+    assert not result.plan.removes
+    assert any("no attribute 'mean'" in item.reason for item in result.report.passes[0].skipped)
 
 
 class Encoder(nn.Module):
