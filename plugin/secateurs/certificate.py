@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from secateurs.data import Dataset
 from secateurs.errors import CertificateError, PlanError, first_line
-from secateurs.forward import DOES_NOT_RUN, call, inference, output_tensors
+from secateurs.forward import DOES_NOT_RUN, call, frozen_randomness, inference, leaves
 from secateurs.layers import mixes, weight_dims
 from secateurs.plan import DropBlock, Edit, Plan, RemoveUnits, SetAttribute
 from secateurs.readers import masked, observe_readers
@@ -28,27 +28,50 @@ from secateurs.surgery import applied
 __all__ = ["Certified", "certify", "certify_network", "keep_certified", "masks_of"]
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-"""Largest difference, as a share of the output scale, by the dtype of the output."""
+"""Largest difference, as a share of how much an output varies over the examples, by its dtype."""
 BATCH_SIZES = (2, 5)
-SMALLEST_SHARE = 1e-3
-"""An output's scale counts as at least this share of the largest output's: rounding inside the network is relative to what is large in it."""
+ROUNDING = 32
+"""Rounding steps of its own that a number may differ by."""
 SHORTEST_SEQUENCE = 4
 """Sequences of at least this length are compared at half of it too."""
 
 
 @dataclass
 class _Difference:
-    """What is known of one output so far: its largest difference, its scale, and the tolerance that its dtype allows."""
+    """What is known of the differences so far."""
 
     max_abs: float = 0.0
     scale: float = 0.0
     tolerance: float = 0.0
+    worst: float = 0.0
 
-    def add(self, expected: Tensor, got: Tensor) -> None:
-        difference = (expected.double() - got.double()).abs().max()
-        self.max_abs = max(self.max_abs, float(difference.nan_to_num(nan=float("inf"))))
-        self.scale = max(self.scale, float(expected.abs().max()))
-        self.tolerance = TOLERANCE.get(expected.dtype, TOLERANCE[torch.float32])
+    def add(self, expected: Tensor, got: Tensor, spread: float) -> None:
+        r"""Compare one output of one batch.
+
+        A number $v$ may differ by $\tau s + \min(32 \epsilon, \tau) |v|$, with the tolerance $\tau$ and the rounding step $\epsilon$ of its
+        dtype, and $s$ how much the output varies. What is the same for every example (a mask, an offset) thus leaves no room for the
+        rest. Whole numbers and infinite ones must be equal.
+        """
+        exact = not (expected.is_floating_point() or expected.is_complex())
+        tolerance = 0.0 if exact else _tolerance(expected.dtype)
+        step = 0.0 if exact else min(ROUNDING * torch.finfo(expected.dtype).eps, tolerance)
+        first, second = (_wide(value) for value in (expected, got))
+        difference = torch.where(first == second, 0.0, (first - second).abs()).nan_to_num(nan=float("inf"))
+        size = first.abs().nan_to_num(posinf=0.0)
+        share = torch.where(difference == 0, 0.0, difference / (tolerance * spread + step * size))
+        self.max_abs = max(self.max_abs, float(difference.max()))
+        self.worst = max(self.worst, float(share.max()))
+        if not exact:
+            self.scale = max(self.scale, float(size.max()))
+            self.tolerance = max(self.tolerance, tolerance)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return TOLERANCE.get(dtype.to_real() if dtype.is_complex else dtype, TOLERANCE[torch.float32])
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.complex128) if value.is_complex() else value.double()
 
 
 @dataclass(frozen=True)
@@ -134,8 +157,9 @@ def certify_network(
 ) -> Certificate:
     """Measure the difference between a pruned network, however it was made, and the original masked as `plan` says.
 
-    Each output is held to its own scale, so that large coordinates do not hide wrong scores beside them. Inputs that are sequences of
-    integers are compared on their first half too, where the original runs on it: what was cut right for one length only shows there.
+    Each output is held to how much it varies itself, so that neither large coordinates beside it nor a mask in it hide wrong scores.
+    Inputs that are sequences of integers are compared on their first half too, where the original runs on it: what was cut right for one
+    length only shows there.
 
     Args:
         original: the network before the plan; it is not changed.
@@ -145,8 +169,7 @@ def certify_network(
         batch_sizes: the sizes of the batches to compare on.
 
     Returns:
-        Difference over all batches and lengths, scale and tolerance of the output that comes closest to its tolerance; ask it whether it
-        `holds`.
+        The largest difference over all outputs, batches and lengths, and the largest share of what is allowed; ask it whether it `holds`.
 
     Raises:
         CertificateError: it cannot be measured: the outputs are constant or not finite, or one of the two does not run.
@@ -156,7 +179,8 @@ def certify_network(
         masks = masks_of(original, plan, data.take(range(min(len(data), max(batch_sizes)))))
     except DOES_NOT_RUN as error:
         raise CertificateError(f"the masked original does not run: {first_line(error)}") from error
-    outputs: list[_Difference] = []
+    difference = _Difference()
+    spreads: dict[int, float] = {}
     sizes = sorted({min(size, len(data)) for size in batch_sizes})
     for batch, shorter in _batches(data, sizes):
         with inference(original, pruned):
@@ -171,26 +195,32 @@ def certify_network(
             got = _run(pruned, batch, "pruned network")
         if len(expected) != len(got):
             raise CertificateError(
-                f"the pruned network returns {len(got)} tensors where the original returns {len(expected)}"
+                f"the pruned network returns {len(got)} values where the original returns {len(expected)}"
             )
-        outputs += [_Difference() for _ in range(len(expected) - len(outputs))]
-        for a, b, output in zip(expected, got, outputs[: len(expected)], strict=True):
+        for number, (a, b) in enumerate(zip(expected, got, strict=True)):
             if a.shape != b.shape:
                 raise CertificateError(
                     f"the pruned network returns shape {tuple(b.shape)} where the original returns {tuple(a.shape)}"
                 )
-            output.add(a, b)
-    return _worst(outputs, sizes)
+            spreads[number] = max(spreads.get(number, 0.0), _spread(a))
+            difference.add(a, b, spreads[number])
+    return Certificate(
+        max_abs=difference.max_abs,
+        scale=difference.scale,
+        tolerance=difference.tolerance,
+        worst=difference.worst,
+        batch_sizes=sizes,
+    )
 
 
-def _worst(outputs: Sequence[_Difference], sizes: list[int]) -> Certificate:
-    """Return the certificate of the output that comes closest to its tolerance, or goes furthest beyond it."""
-    least = SMALLEST_SHARE * max(output.scale for output in outputs)
-    found = [
-        Certificate(max_abs=one.max_abs, scale=max(one.scale, least), tolerance=one.tolerance, batch_sizes=sizes)
-        for one in outputs
-    ]
-    return max(found, key=lambda one: (one.share / one.tolerance, one.scale))
+def _spread(value: Tensor) -> float:
+    """Return how much an output varies over the examples; of a single one the range of its entries, of a single number its size."""
+    wide = _wide(value)
+    if wide.ndim and len(wide) > 1:
+        wide = wide - wide[:1]
+    elif wide.numel() > 1:
+        wide = wide - wide.flatten()[0]
+    return float(wide.abs().nan_to_num(nan=0.0, posinf=0.0).max())
 
 
 def _batches(data: Dataset, sizes: Sequence[int]) -> Iterator[tuple[Dataset, bool]]:
@@ -217,7 +247,8 @@ def _first_half(batch: Dataset) -> Dataset | None:
 
 def _run(model: nn.Module, batch: Dataset, what: str) -> list[Tensor]:
     try:
-        outputs = output_tensors(call(model, batch))
+        with frozen_randomness(0):
+            outputs = leaves(call(model, batch))
     except DOES_NOT_RUN as error:
         raise CertificateError(f"the {what} does not run: {first_line(error)}") from error
     return [value for value in outputs if value.numel()]
@@ -225,13 +256,14 @@ def _run(model: nn.Module, batch: Dataset, what: str) -> list[Tensor]:
 
 def _refuse_constant(outputs: Sequence[Tensor]) -> None:
     """Outputs that do not depend on the input cannot certify anything."""
-    if not outputs:
+    scores = [value for value in outputs if value.is_floating_point() or value.is_complex()]
+    if not scores:
         raise CertificateError(
             "the network returns no floating-point numbers to compare; return the scores instead of what is chosen by them"
         )
-    if not all(bool(value.isfinite().all()) for value in outputs):
-        raise CertificateError("the masked original returns NaN or infinite values; it cannot certify anything")
-    if all(len(value) > 1 and float((value - value[:1]).abs().max()) <= 1e-12 for value in outputs if value.ndim):
+    if any(bool(value.isnan().any()) for value in scores):
+        raise CertificateError("the masked original returns NaN; it cannot certify anything")
+    if all(len(value) > 1 and _spread(value) <= 1e-12 for value in scores if value.ndim):
         raise CertificateError("the outputs are the same for every example; such a network cannot certify anything")
 
 
@@ -256,35 +288,60 @@ def keep_certified(original: nn.Module, plan: Plan, data: Dataset) -> Certified:
         data: realistic inputs.
 
     Returns:
-        The plan that holds, its certificate, and the vetoes with their reasons.
-
-    Raises:
-        CertificateError: edits that hold one by one do not hold together.
+        The plan that holds, its certificate, and the vetoes with their reasons. Where edits that hold one by one do not hold together,
+        those are kept that hold together with all before them.
     """
     kept: list[Plan] = []
     vetoed: list[Skipped] = []
     current = copy.deepcopy(original)
     for step in _steps(plan):
-        head = step.edits[0]
-        where = str(getattr(head, "root", None) or getattr(head, "path", None) or getattr(head, "module", ""))
+        where = _where(step)
         try:
             certificate = certify(current, step, data)
         except CertificateError as error:
             vetoed.append(Skipped(where=where, reason=f"not certified: {error}"))
             continue
         if not certificate.holds:
-            reason = f"not certified: differs from the masked original by {certificate.max_abs:.3g} on a scale of {certificate.scale:.3g}"
-            vetoed.append(Skipped(where=where, reason=reason))
+            vetoed.append(Skipped(where=where, reason=f"not certified: {_excess(certificate)}"))
             continue
         kept.append(step)
         current = applied(current, step)
-    whole = Plan.join(kept)
-    if not whole:
-        return Certified(whole, None, tuple(vetoed))
-    certificate = certify(original, whole, data)
-    if not certificate.holds:
-        raise CertificateError(
-            f"edits that are certified one by one differ together: by {certificate.max_abs:.3g} on a scale of {certificate.scale:.3g}. "
-            f"Please report this network; pruning it in two passes avoids it."
+    count, together = _together(original, kept, data)
+    late = [
+        Skipped(
+            where=_where(step),
+            reason="not certified: together with the edits before it, the network differs from the masked original",
         )
-    return Certified(whole, certificate, tuple(vetoed))
+        for step in kept[count:]
+    ]
+    return Certified(Plan.join(kept[:count]), together, (*vetoed, *late))
+
+
+def _together(original: nn.Module, steps: Sequence[Plan], data: Dataset) -> tuple[int, Certificate | None]:
+    """Return how many edits hold together, from the first on, and their certificate: all of them as a rule, found by bisection else."""
+    holds, fails = 0, len(steps) + 1
+    found: Certificate | None = None
+    tried = len(steps)
+    while tried > holds:
+        try:
+            certificate = certify(original, Plan.join(steps[:tried]), data)
+        except CertificateError:
+            certificate = None
+        if certificate is not None and certificate.holds:
+            holds, found = tried, certificate
+        else:
+            fails = tried
+        tried = (holds + fails) // 2
+    return holds, found
+
+
+def _where(step: Plan) -> str:
+    head = step.edits[0]
+    return str(getattr(head, "root", None) or getattr(head, "path", None) or getattr(head, "module", ""))
+
+
+def _excess(certificate: Certificate) -> str:
+    return (
+        f"differs from the masked original by {certificate.max_abs:.3g} on a scale of {certificate.scale:.3g}, "
+        f"{certificate.worst:.3g} times what is allowed"
+    )

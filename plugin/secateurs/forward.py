@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.data import Dataset, Roles
-from secateurs.errors import DataError
+from secateurs.errors import DataError, SecateursError, first_line
 
 __all__ = [
     "DOES_NOT_RUN",
@@ -22,6 +22,7 @@ __all__ = [
     "gathered",
     "ignores_padding",
     "inference",
+    "leaves",
     "logits",
     "output_tensors",
     "predict",
@@ -30,8 +31,9 @@ __all__ = [
     "trimming",
 ]
 
-DOES_NOT_RUN = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
-"""What a network raises that cannot run as it was changed: shapes that do not fit, a value that is gone, its own checks."""
+DOES_NOT_RUN = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
+"""What `call` raises of a network that cannot run as it was changed: shapes that do not fit, a value that is gone, its own checks."""
+_CACHE = "past_key_values"
 LIKE_LENGTHS = 32
 """Examples per forward pass, at the most, where batches are trimmed."""
 PADDING_TOLERANCE = 1e-4
@@ -50,26 +52,51 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def call(model: nn.Module, data: Dataset) -> Any:
-    """Call `model` with the inputs of `data`, by name if `data.keyword`, else in order."""
-    inputs = tensors(data, device_of(model))
-    return model(**inputs) if data.keyword else model(*inputs.values())
+    """Call `model` with the inputs of `data`, by name if `data.keyword`, else in order.
+
+    The inputs are copies, which the network may change in place.
+
+    Raises:
+        Exception: one of `DOES_NOT_RUN`, whatever the network raises.
+    """
+    inputs = {name: value.clone() for name, value in tensors(data, device_of(model)).items()}
+    try:
+        return model(**inputs) if data.keyword else model(*inputs.values())
+    except (*DOES_NOT_RUN, SecateursError, MemoryError):
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def leaves(outputs: Any) -> list[Tensor]:
+    """Return everything in a network's output that can be compared, as tensors in a fixed order: numbers of any kind and dtype.
+
+    Containers are tuples, lists, mappings, dataclasses and other objects with attributes. Key-value caches are left out: they are the
+    network's memory, not its answer, and a dropped layer keeps none.
+    """
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, (bool, int, float, complex, np.ndarray, np.generic)):
+        value = torch.as_tensor(outputs)
+        return [value.float() if isinstance(outputs, float) else value]
+    if isinstance(outputs, Mapping):
+        return [leaf for name, value in outputs.items() if not _is_cache(name, value) for leaf in leaves(value)]
+    if isinstance(outputs, Sequence) and not isinstance(outputs, (str, bytes)):
+        return [leaf for value in outputs for leaf in leaves(value)]
+    if isinstance(outputs, (nn.Module, type)) or callable(outputs):
+        return []
+    slots = (name for kind in type(outputs).__mro__ for name in getattr(kind, "__slots__", ()))
+    names = (*getattr(outputs, "__dict__", ()), *slots)
+    return leaves({name: getattr(outputs, name, None) for name in names})
+
+
+def _is_cache(name: Any, value: Any) -> bool:
+    return name == _CACHE and not isinstance(value, Tensor)
 
 
 def output_tensors(outputs: Any) -> list[Tensor]:
-    """Return the floating-point tensors of a network's output (tensor, tuple, list, mapping, dataclass), in a fixed order.
-
-    Key-value caches are left out: they are the network's memory, not its answer, and a dropped layer keeps none.
-    """
-    if isinstance(outputs, Tensor):
-        return [outputs] if outputs.is_floating_point() else []
-    if isinstance(outputs, Mapping):
-        kept = (value for name, value in outputs.items() if name != "past_key_values")
-        return [tensor for value in kept for tensor in output_tensors(value)]
-    if isinstance(outputs, Sequence) and not isinstance(outputs, str):
-        return [tensor for value in outputs for tensor in output_tensors(value)]
-    if hasattr(outputs, "__dict__"):
-        return [tensor for value in vars(outputs).values() for tensor in output_tensors(value)]
-    return []
+    """Return the floating-point tensors among the `leaves` of a network's output."""
+    return [value for value in leaves(outputs) if value.is_floating_point()]
 
 
 def logits(outputs: Any) -> Tensor:
@@ -85,14 +112,20 @@ def logits(outputs: Any) -> Tensor:
 
 @contextmanager
 def inference(*models: nn.Module) -> Iterator[None]:
-    """Run a block in evaluation mode without gradients, and put every module's mode back after it."""
+    """Run a block in evaluation mode without gradients, and put every module's mode back after it.
+
+    Torch's fused path through attention, which calls no submodules and makes nested tensors, is off meanwhile.
+    """
     modes = [(module, module.training) for model in models for module in model.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         for model in models:
             model.eval()
         with torch.no_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module, training in modes:
             module.training = training
 

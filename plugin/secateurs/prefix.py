@@ -27,7 +27,7 @@ SMALL = 64 << 20
 """Bytes of a recording that is not worth the passes that would tell which of its outputs are not read."""
 
 
-class _Enough(Exception):  # noqa: N818 - control flow, not an error
+class _Enough(BaseException):
     """All that a recording needs has been recorded."""
 
 

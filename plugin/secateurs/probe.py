@@ -22,7 +22,7 @@ Tap = Callable[[Tensor, Tensor], None]
 """Receives what goes into and comes out of one module, once per call; must not keep the tensors."""
 
 
-class _Enough(Exception):  # noqa: N818 - control flow, not an error
+class _Enough(BaseException):
     """All taps of a truncated sweep have fired."""
 
 

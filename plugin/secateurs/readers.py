@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.data import Dataset
-from secateurs.forward import call, frozen_randomness, inference, output_tensors
-from secateurs.layers import channel_dim, mixes
+from secateurs.forward import call, frozen_randomness, inference, leaves
+from secateurs.layers import NORMS, channel_dim, mixes
 from secateurs.probe import first_tensor
 
 __all__ = ["Reading", "masked", "observe_readers"]
@@ -44,11 +44,12 @@ class _Recorder:
     """Outputs and inputs of every mixing layer, call by call; in the second pass, outputs are replayed and inputs compared."""
 
     def __init__(
-        self, model: nn.Module, disturbed: Mapping[str, tuple[int, ...]], watched: Collection[str] = ()
+        self, model: nn.Module, disturbed: Mapping[str, tuple[int, ...]], watched: Collection[str], seed: int
     ) -> None:
         self.layers = {name: module for name, module in model.named_modules() if mixes(module) or name in watched}
         self.watched = {name for name in watched if not mixes(self.layers[name])}
         self.disturbed = disturbed
+        self.noise = torch.Generator().manual_seed(seed)
         self.inputs: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         self.outputs: dict[str, list[Any]] = {name: [] for name in self.layers}
         self.calls = dict.fromkeys(self.layers, 0)
@@ -95,8 +96,7 @@ class _Recorder:
         if found:
             self.changed.setdefault(name, set()).update(found)
 
-    @staticmethod
-    def _disturb(layer: nn.Module, output: Any, units: tuple[int, ...], strength: float) -> Any:
+    def _disturb(self, layer: nn.Module, output: Any, units: tuple[int, ...], strength: float) -> Any:
         """Return the recorded output with noise on some channels, `strength` times the output's range."""
         value = first_tensor(output)
         if value is None:
@@ -104,7 +104,7 @@ class _Recorder:
         index = torch.tensor(units, device=value.device)
         dim = channel_dim(layer, value)
         part = value.index_select(dim, index)
-        noise = torch.randn(part.shape, dtype=torch.float32, device=value.device).to(value.dtype)
+        noise = torch.randn(part.shape, generator=self.noise).to(value.device, value.dtype)
         # In place on a copy, which keeps the layout: another one adds up in another order, and every channel behind it would differ a little.
         disturbed = value.clone()
         disturbed.index_copy_(dim, index, part + strength * (float(value.abs().max()) + 0.25) * noise)
@@ -138,29 +138,49 @@ def observe_readers(
         model: the network; it is not changed.
         data: a few examples for the forward passes.
         disturbed: name of a mixing layer to the output channels to disturb.
-        seed: of the noise.
+        seed: of the noise, and of what the network draws itself, in every pass anew.
         watched: layers that work on each channel by itself and are to be counted as readers too; a disturbance goes on through them.
         strengths: of the disturbances to join, relative to each output's range: what saturates a strong one may show a weak one.
 
     Returns:
-        The readers of the disturbed channels.
+        The readers of the disturbed channels. Channels that a norm multiplies by zero are read all the same.
+
+    Raises:
+        Exception: one of `DOES_NOT_RUN`: the network does not run with disturbed units.
     """
     readers: dict[str, set[int]] = {}
     reaches = False
-    with inference(model), frozen_randomness(seed):
-        recorder = _Recorder(model, disturbed, watched)
-        with recorder.recording():
-            clean = [value.clone() for value in output_tensors(call(model, data))]
+    with inference(model), _revived(model):
+        recorder = _Recorder(model, disturbed, watched, seed)
+        with recorder.recording(), frozen_randomness(seed):
+            clean = [value.clone() for value in leaves(call(model, data))]
         for strength in strengths:
             recorder.calls = dict.fromkeys(recorder.layers, 0)
-            with recorder.replaying(strength):
-                outputs = output_tensors(call(model, data))
+            with recorder.replaying(strength), frozen_randomness(seed):
+                outputs = leaves(call(model, data))
             reaches |= any(
                 a.shape != b.shape or bool(_differs(a, b).any()) for a, b in zip(clean, outputs, strict=True)
             )
         for name, found in recorder.changed.items():
             readers.setdefault(name, set()).update(found)
     return Reading({name: tuple(sorted(found)) for name, found in readers.items()}, reaches)
+
+
+@contextmanager
+def _revived(model: nn.Module) -> Iterator[None]:
+    """Give channels that a norm multiplies by zero (what network slimming leaves) the factor one for the length of a block.
+
+    Who reads them is then seen; whether they count is no matter here.
+    """
+    found = {layer.weight for layer in model.modules() if isinstance(layer, NORMS) and layer.weight is not None}
+    before = [(weight, weight.detach().clone()) for weight in found if bool((weight == 0).any())]
+    try:
+        for weight, clean in before:
+            weight.copy_(torch.where(clean == 0, torch.ones_like(clean), clean))
+        yield
+    finally:
+        for weight, clean in before:
+            weight.copy_(clean)
 
 
 @contextmanager
@@ -176,7 +196,7 @@ def masked(model: nn.Module, masks: Mapping[str, tuple[int, ...]], bypassed: tup
         for name, units in masks.items():
 
             def pre_hook(layer: nn.Module, args: Any, kwargs: Any, units: tuple[int, ...] = units) -> Any:
-                return _zeroed(layer, args, units), kwargs
+                return _zeroed(layer, args, kwargs, units)
 
             stack.callback(model.get_submodule(name).register_forward_pre_hook(pre_hook, with_kwargs=True).remove)
         for path in bypassed:
@@ -189,7 +209,14 @@ def masked(model: nn.Module, masks: Mapping[str, tuple[int, ...]], bypassed: tup
         yield
 
 
-def _zeroed(layer: nn.Module, args: tuple[Any, ...], units: tuple[int, ...]) -> tuple[Any, ...]:
-    value = args[0]
-    index = torch.tensor(units, device=value.device)
-    return (value.index_fill(channel_dim(layer, value), index, 0), *args[1:])
+def _zeroed(layer: nn.Module, args: Any, kwargs: Any, units: tuple[int, ...]) -> tuple[Any, Any]:
+    """Return the arguments with some channels of the first one set to zero."""
+
+    def zeroed(value: Tensor) -> Tensor:
+        index = torch.tensor(units, device=value.device)
+        return value.index_fill(channel_dim(layer, value), index, 0)
+
+    if args:
+        return (zeroed(args[0]), *args[1:]), kwargs
+    name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+    return args, {**kwargs, name: zeroed(kwargs[name])}

@@ -58,31 +58,33 @@ class Skipped(_Form):
 
 
 class Certificate(_Form):
-    """The measured difference between the pruned network and the masked original, of the output that comes closest to its tolerance.
+    """The measured difference between the pruned network and the masked original.
 
     Attributes:
-        max_abs: largest absolute difference of that output.
-        scale: its largest absolute value in the masked original, or a thousandth of the largest output's where that is more.
-        tolerance: share of `scale` that `max_abs` may reach.
+        max_abs: largest absolute difference of any output.
+        scale: largest absolute output of the masked original.
+        tolerance: share of how much an output varies over the examples, that it may differ by.
+        worst: largest difference of any number as a share of what is allowed for it; null where it was not measured.
         batch_sizes: the batch sizes it was measured on.
     """
 
     max_abs: float
     scale: float
     tolerance: float = 1e-4
+    worst: float | None = None
     batch_sizes: list[int] = Field(default_factory=list)
 
     @property
     def share(self) -> float:
-        """`max_abs` over `scale`; 0 where nothing differs, infinite where the scale is 0."""
-        if self.max_abs == 0.0:
-            return 0.0
-        return self.max_abs / self.scale if self.scale else math.inf
+        """`worst`; without it, `max_abs` as a share of what `scale` allows."""
+        if self.worst is not None or self.max_abs == 0.0:
+            return self.worst or 0.0
+        return self.max_abs / (self.tolerance * self.scale) if self.scale else math.inf
 
     @property
     def holds(self) -> bool:
-        """Whether the difference is finite and within the tolerance."""
-        return self.max_abs <= self.tolerance * self.scale
+        """Whether every difference is finite and within what is allowed."""
+        return self.share <= 1.0
 
 
 class Estimate(_Form):

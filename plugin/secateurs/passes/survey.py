@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from secateurs.attention import DescribeAttention, attention_groups
 from secateurs.data import Dataset
+from secateurs.errors import first_line
+from secateurs.forward import DOES_NOT_RUN, call, inference
 from secateurs.groups import Group, Limits, find_groups
 from secateurs.information import Order
 from secateurs.layers import is_matrix_layer, weight_dims, widths_of
@@ -95,12 +98,13 @@ def checked_groups(
     groups = [group for group in found if not projections & {member.module for member in group.of("out")}] + heads
     skipped = [item for item in skipped if item.where not in projections] + refused
     with_heads = {group.root for group in heads}
+    idle = _idle(model, example)
     kept: list[Group] = []
     for group in groups:
         if group.root in with_heads and not settings.heads:
             skipped.append(Skipped(where=group.root, reason="its units are attention heads, and `heads` is off"))
             continue
-        reason = _refusal(model, example, group, settings)
+        reason = _refusal(model, example, group, settings) or _unknown_reader(model, group, idle)
         watched = settings.coupled and len(group.of("out")) > 1 and group.root not in with_heads
         found, left = observed_groups(model, example, group) if reason is not None and watched else ([], [])
         found = [part for part in found if _refusal(model, example, part, settings) is None]
@@ -126,6 +130,33 @@ def _refusal(model: nn.Module, example: Dataset, group: Group, settings: NodeSet
     if reason is None and group.units < 2:
         return "it has a single unit"
     return reason
+
+
+def _idle(model: nn.Module, example: Dataset) -> dict[str, int]:
+    """Return the layers that the network has and did not call, with the channels they read: what these are cannot be observed."""
+    layers = {name: module for name, module in model.named_modules() if is_matrix_layer(module)}
+    parts = {
+        child for module in model.modules() if isinstance(module, nn.MultiheadAttention) for child in module.modules()
+    }
+    called: set[nn.Module] = set()
+    with ExitStack() as stack:
+        for layer in layers.values():
+            stack.callback(layer.register_forward_pre_hook(lambda layer, _: called.add(layer)).remove)
+        with inference(model):
+            call(model, example)
+    return {name: widths_of(layer)[0] for name, layer in layers.items() if layer not in called | parts}
+
+
+def _unknown_reader(model: nn.Module, group: Group, idle: Mapping[str, int]) -> str | None:
+    """Return why a layer that was not called may read a group, or None: it reads as many channels as one that does."""
+    widths = {widths_of(model.get_submodule(member.module))[0] for member in group.of("in")}
+    name = next((name for name, width in idle.items() if width in widths), None)
+    if name is None:
+        return None
+    return (
+        f"{name!r} was not called with the example, and reads as many channels as the readers of these units: whether it reads them in "
+        "training or with other inputs is not known. Remove it from the network, or give an example that calls it"
+    )
 
 
 def _kind(group: Group) -> tuple[str, int]:
@@ -177,7 +208,11 @@ def merged(groups: Sequence[Group]) -> list[tuple[Group, list[Group]]]:
 def _disagreement(model: nn.Module, example: Dataset, group: Group) -> str | None:
     """Disturb every other unit of a group and compare who reads it with what the graph says."""
     some = np.arange(0, group.units, 2)
-    reading = observe_readers(model, example, {member.module: _flat(member.index[some]) for member in group.of("out")})
+    disturbed = {member.module: _flat(member.index[some]) for member in group.of("out")}
+    try:
+        reading = observe_readers(model, example, disturbed)
+    except DOES_NOT_RUN as error:
+        return f"who reads its units cannot be observed, since the network does not run with other values in them: {first_line(error)}"
     if reading.reaches_output:
         return "its units reach the output of the network"
     expected = {member.module: set(_flat(member.index[some])) for member in group.of("in")}
