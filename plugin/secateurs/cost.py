@@ -9,18 +9,19 @@ that are no such sums, latency and peak memory, are asked of a target (`Targeted
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from secateurs.data import Dataset
-from secateurs.errors import SecateursError
-from secateurs.forward import call, inference
+from secateurs.errors import ModelError, SecateursError, first_line
+from secateurs.forward import DOES_NOT_RUN, call, inference
 from secateurs.interfaces import CostModel, StructureCost, StructureCostModel
 from secateurs.settings import TargetSettings
 
@@ -33,24 +34,70 @@ __all__ = ["Change", "TargetedCost", "change", "macs", "on_target", "parameters"
 def macs(model: nn.Module, example: Dataset) -> Mapping[str, float]:
     """Return the multiply-accumulates of one example by module, on the innermost module that does the work.
 
+    Args:
+        model: the network; it is not changed.
+        example: one example, or several where the network may not run on a single one: it runs on as few as it takes.
+
+    Raises:
+        ModelError: it runs on none of these numbers of examples.
+
     >>> import numpy as np
     >>> float(sum(macs(torch.nn.Linear(3, 4), Dataset({"x": np.zeros((1, 3), np.float32)})).values()))
     12.0
     """
-    one = example.take([0])
+    refused = ""
+    for size in sorted({min(size, len(example)) for size in (1, 2, len(example))}):
+        try:
+            counts = _flops(model, example.take(range(size)))
+        except DOES_NOT_RUN as error:  # it takes pairs, or normalises over the batch
+            refused = f"{type(error).__name__}: {first_line(error)}"
+            continue
+        own = dict(counts)
+        for name, value in counts.items():
+            if name:
+                parent = _parent(name, counts)
+                own[parent] = own.get(parent, 0) - value
+        return {name: value / (2 * size) for name, value in own.items() if value > 0}
+    raise ModelError(
+        f"multiply-accumulates cannot be counted: the network runs neither on 1 example nor on {len(example)} of them ({refused}). Let it "
+        f"take any number of examples, or set targets and limits of parameters or units."
+    )
+
+
+class _Calls(ModuleTracker):
+    """The modules that are running, by path with a dot in front.
+
+    Torch's own follows gradients too, which fails where a network computes some in its forward pass, and knows a shared module by another name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model, self._stack = model, ExitStack()
+
+    def __enter__(self) -> Self:
+        for name, module in self._model.named_modules():
+
+            def enter(*_: Any, name: str = f".{name}") -> None:
+                self.parents.add(name)
+
+            def leave(*_: Any, name: str = f".{name}") -> None:
+                self.parents.discard(name)
+
+            self._stack.callback(module.register_forward_pre_hook(enter).remove)
+            self._stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def _flops(model: nn.Module, batch: Dataset) -> dict[str, int]:
+    """Return the floating-point operations of a forward pass by module, those inside it included."""
     counter = FlopCounterMode(display=False)
-    names = {
-        f"{type(model).__name__}.{name}" if name else type(model).__name__: name for name, _ in model.named_modules()
-    }
+    counter.mod_tracker = _Calls(model)
     with inference(model), _unfused(), counter:
-        call(model, one)
-    counts = {names[key]: sum(by_op.values()) for key, by_op in counter.get_flop_counts().items() if key in names}
-    own = dict(counts)
-    for name, value in counts.items():
-        if name:
-            parent = _parent(name, counts)
-            own[parent] = own.get(parent, 0) - value
-    return {name: value / 2 for name, value in own.items() if value > 0}
+        call(model, batch)
+    return {key[1:]: sum(ops.values()) for key, ops in counter.get_flop_counts().items() if key.startswith(".")}
 
 
 @contextmanager
@@ -117,6 +164,11 @@ class Change:
     def ratio(self) -> float:
         """Candidate / baseline; 1 where neither costs anything."""
         return self.after / self.before if self.before else 1.0
+
+    @property
+    def counts(self) -> tuple[int | None, int | None]:
+        """Both, rounded; None where they cannot be told."""
+        return (None, None) if self.reason is not None else (round(self.before), round(self.after))
 
 
 def change(model: CostModel, baseline: nn.Module, candidate: nn.Module, example: Dataset) -> Change:

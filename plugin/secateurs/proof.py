@@ -33,10 +33,10 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Structure:
-    """What is counted on the torch network: parameters and multiply-accumulates of one example."""
+    """What is counted on the torch network: parameters, and multiply-accumulates of one example where they can be told."""
 
     params: int
-    macs: int
+    macs: int | None
 
 
 def prove(

@@ -177,14 +177,14 @@ def pruning_report(session: Session, outcome: Outcome, pruned: nn.Module, second
         pruned: the network that they led to, trained where that was asked for.
         seconds: that it took.
     """
-    one = session.roles.calibration.take([0])
+    macs = cost.change(cost.macs, session.baseline, pruned, session.context(session.baseline).example)
     before, after = (
         Side(
             params=cost.total(cost.parameters(network)),
-            macs=cost.total(cost.macs(network, one)),
+            macs=count,
             weight_bytes=cost.weight_bytes(network),
         )
-        for network in (session.baseline, pruned)
+        for network, count in zip((session.baseline, pruned), macs.counts, strict=True)
     )
     reasons = [
         *outcome.shortfalls,
@@ -197,7 +197,7 @@ def pruning_report(session: Session, outcome: Outcome, pruned: nn.Module, second
         candidate=after,
         ratios=Ratios(params=ratio(after.params, before.params), macs=ratio(after.macs, before.macs)),
         passes=list(outcome.records),
-        notes=list(session.roles.notes),
+        notes=[*session.roles.notes, *([] if macs.reason is None else [macs.reason])],
         environment=environment(session.seed, 1),
         seconds=seconds,
     )

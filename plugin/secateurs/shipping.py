@@ -89,8 +89,10 @@ class Shipping:
         calibration = session.roles.calibration
         files = self._write(session, model, output)
         networks = (session.baseline, model)
+        macs = cost.change(cost.macs, session.baseline, model, session.context(model).example)
         structures = [
-            Structure(cost.total(cost.parameters(m)), cost.total(cost.macs(m, calibration.take([0])))) for m in networks
+            Structure(cost.total(cost.parameters(network)), count)
+            for network, count in zip(networks, macs.counts, strict=True)
         ]
         reasons = list(outcome.shortfalls)
         if not outcome.plan.removes:
@@ -109,7 +111,7 @@ class Shipping:
             progress=session.progress,
         )
         report.parity = files.pruned.parity
-        report.notes += files.notes
+        report.notes += [*files.notes, *([] if macs.reason is None else [macs.reason])]
         if files.quantised is not None:
             report.variants = self._variants(files, report, targets, structures, session)
         return report

@@ -7,7 +7,7 @@ from torch import nn
 
 from secateurs import cost
 from secateurs.data import Dataset
-from secateurs.errors import ExportError
+from secateurs.errors import ExportError, ModelError
 
 
 def inputs(*shape):
@@ -64,6 +64,51 @@ def test_macs_of_a_network_are_those_of_its_layers():
 def test_macs_of_a_layer_that_runs_twice_count_twice():
     found = cost.macs(reused(), vectors(2))
     assert cost.total(found) == 12 * 8 + 2 * 8 * 8 + 8 * 9 + 9 * 5
+
+
+class Pairs(nn.Linear):
+    """Compares neighbours in the batch."""
+
+    def forward(self, value):
+        value = super().forward(value).view(-1, 2, self.out_features)
+        return value[:, 0] - value[:, 1]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (nn.Sequential(Pairs(12, 6)), 12 * 6),
+        (nn.Sequential(nn.Linear(12, 6), nn.BatchNorm1d(6, track_running_stats=False)), 12 * 6),
+    ],
+    ids=["pairs", "batch statistics"],
+)
+def test_a_network_that_takes_no_single_example_is_counted_on_more(model, expected):
+    assert dict(cost.macs(model.eval(), vectors(5).take(range(4)))) == {"0": expected}
+    with pytest.raises(ModelError, match="neither on 1 example nor on 1"):
+        cost.macs(model, vectors(1))
+    told = cost.change(cost.macs, model, model, vectors(1))
+    assert told.counts == (None, None)
+    assert "cannot be counted" in told.reason
+    assert cost.change(cost.macs, model, model, vectors(2)).counts == (expected, expected)
+
+
+class Forces(nn.Module):
+    """Returns the gradient of an energy, as networks of molecules do."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.energy = nn.Linear(12, 8), nn.Linear(8, 1)
+
+    def forward(self, value):
+        with torch.enable_grad():
+            value = value.detach().requires_grad_()
+            energy = self.energy(self.hidden(value).tanh())
+            return -torch.autograd.grad(energy.sum(), value)[0]
+
+
+def test_gradients_in_the_forward_pass_are_counted_on_the_module_that_asks_for_them():
+    found = dict(cost.macs(Forces(), vectors(4)))
+    assert found == {"hidden": 12 * 8, "energy": 8, "": 12 * 8 + 8}
 
 
 def test_macs_do_not_depend_on_the_batch_or_on_gradients():
