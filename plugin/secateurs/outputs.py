@@ -11,6 +11,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 from secateurs.data import IGNORED
 
 __all__ = [
+    "joined",
     "kl_divergence",
     "label_loss",
     "own_labels",
@@ -42,6 +44,20 @@ def prediction_rows(prediction: Tensor) -> Tensor:
         return prediction.reshape(-1, 1)
     classes = prediction.movedim(1, -1) if prediction.ndim > 3 else prediction
     return classes.reshape(-1, classes.shape[-1])
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the predictions of several batches as one, along the first axis.
+
+    Where that is not the axis of the examples, as in `(length, n, classes)`, batches of several sizes are joined as rows; scalars are stacked.
+
+    >>> joined([torch.zeros(7, 4, 3), torch.zeros(7, 2, 3)]).shape
+    torch.Size([42, 3])
+    """
+    if parts[0].ndim == 0:
+        return torch.stack(list(parts))
+    alike = len({part.shape[1:] for part in parts}) == 1
+    return torch.cat(list(parts) if alike else [prediction_rows(part) for part in parts])
 
 
 def own_labels(prediction: Tensor) -> Tensor:

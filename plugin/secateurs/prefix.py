@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from secateurs.data import Dataset
 from secateurs.forward import call, examples_per_pass, frozen_randomness, inference, logits, output_tensors
 from secateurs.layers import mixes
+from secateurs.outputs import joined
 
 __all__ = ["Prefix", "Timeline"]
 
@@ -105,7 +106,7 @@ class Prefix:
         limit: int = LIMIT,
     ) -> None:
         self._model = model
-        self._order = data.by_length()
+        self._order, self._sorted = data.by_length(), data.trims
         self.batches = list(data.take(self._order).batches(batch_size or examples_per_pass(data)))
         self._modules = {name: model.get_submodule(name) for name in timeline.finished(before)}
         self._recorded: list[dict[str, list[Any]]] = []
@@ -149,8 +150,8 @@ class Prefix:
             for number, batch in enumerate(self.batches):
                 with self.replaying(number):
                     found.append(logits(call(self._model, batch)).detach())
-        whole = torch.cat(found)
-        return whole[torch.from_numpy(self._order).argsort()]
+        whole = joined(found)
+        return whole[torch.from_numpy(self._order).argsort()] if self._sorted else whole
 
     def _find_unread(self, example: Dataset, known: set[str]) -> set[str]:
         """Return the modules whose outputs only other replayed modules read: a hollow value in their place changes nothing.

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from secateurs.data import IGNORED
 from secateurs.outputs import (
+    joined,
     kl_divergence,
     label_loss,
     own_labels,
@@ -24,6 +25,19 @@ from secateurs.script import prune
 
 def logits(n=50, classes=10, scale=1.0, seed=0):
     return scale * torch.from_numpy(np.random.default_rng(seed).normal(size=(n, classes)))
+
+
+@pytest.mark.parametrize(("axis", "shape"), [(0, (5, 3)), (0, (5, 3, 4, 4)), (1, (7, 5, 3))])
+def test_joined_predictions_have_the_rows_of_all_batches(axis, shape):
+    found = torch.randn(shape)
+    parts = found.split([3, 2], axis)
+    rows = prediction_rows(joined(parts))
+    assert torch.equal(rows, torch.cat([prediction_rows(part) for part in parts]))
+    assert axis or torch.equal(joined(parts), found)
+
+
+def test_joined_scalars_are_values():
+    assert joined([torch.tensor(1.0), torch.tensor(2.0)]).tolist() == [1.0, 2.0]
 
 
 @given(st.floats(0.5, 16), st.integers(2, 20), st.integers(0, 100))

@@ -43,6 +43,39 @@ def test_a_resumed_pass_equals_a_whole_one_at_every_layer(build, make):
     assert torch.equal(predict(model, data, 4), expected)  # nothing is left behind
 
 
+class Reduced(nn.Module):
+    """An encoder whose output has another first axis than the examples."""
+
+    def __init__(self, reduce):
+        super().__init__()
+        self.encoder, self.reduce = encoder(), reduce
+
+    def forward(self, *inputs):
+        return self.reduce(self.encoder(*inputs))
+
+
+@pytest.mark.parametrize(
+    "reduce",
+    [
+        lambda found: found.transpose(0, 1).unsqueeze(-1) * torch.arange(3.0),
+        lambda found: found.view(-1, 2, found.shape[-1])[:, 0],
+        lambda found: found.square().mean(),
+    ],
+    ids=["(classes, n, 3)", "pairs", "scalar"],
+)
+def test_predictions_without_one_row_per_example_are_replayed_too(reduce):
+    model, data = Reduced(reduce).eval(), sequences(10)
+    names = execution_order(model, data.take([0, 1]))
+    timeline = Timeline(model, data.take([0, 1]))
+    found = Prefix(model, data, [names[-1]], timeline, batch_size=4)
+    assert found.modules
+    with inference(model):
+        parts = [model(*map(torch.from_numpy, batch.inputs.values())) for batch in data.batches(4)]
+    assert [value.tolist() for value in found.predict().flatten()] == [
+        v for part in parts for v in part.flatten().tolist()
+    ]
+
+
 def test_what_lies_before_is_not_computed_again_and_changes_behind_it_count():
     model, data = residual().eval(), images(8)
     order = [name for name in execution_order(model, data) if isinstance(model.get_submodule(name), nn.Conv2d)]
