@@ -29,7 +29,7 @@ from secateurs.errors import DataError, ExportError, first_line
 from secateurs.forward import tensors
 from secateurs_adapters.artifact import placed, read_artifact, write_sidecar
 from secateurs_adapters.export_settings import DynamoSettings
-from secateurs_adapters.parity import check_parity, network_outputs
+from secateurs_adapters.parity import check_parity, network_outputs, refuse_complex
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -223,12 +223,16 @@ dynamo = DynamoExporter()
 def _traced(network: nn.Module, data: Dataset, free_length: bool) -> Traced:
     rows = data.take(np.arange(TRACED_BATCH) % len(data))
     longer = data.sequences if free_length else ()
+    outputs = network_outputs(network, rows)
+    names = _output_names(len(outputs))
+    for output, name in zip(outputs, names, strict=True):
+        refuse_complex(output, name)
     return Traced(
         network=network,
         # Another layout (images read channels last) would be traced into the graph, as gathers that no device needs.
         inputs={name: value.contiguous() for name, value in tensors(rows).items()},
         keyword=data.keyword,
-        output_names=_output_names(len(network_outputs(network, rows))),
+        output_names=names,
         axes={name: {0: "batch", 1: "sequence"} if name in longer else {0: "batch"} for name in data.inputs},
     )
 

@@ -7,7 +7,7 @@ running the file at sizes other than the ones it was traced with shows it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,29 +27,67 @@ if TYPE_CHECKING:
 
     from secateurs.data import Dataset
 
-__all__ = ["TOLERANCE", "check_parity", "network_outputs", "resample"]
+__all__ = ["TOLERANCE", "check_parity", "network_outputs", "refuse_complex", "resample"]
 
 Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
 
 TOLERANCE = 1e-4
-"""Largest difference allowed, as a share of an output's largest absolute value."""
+"""Largest difference allowed, as a share of how far the values of an output differ between examples."""
+ROUNDING_STEPS = 32
+"""Rounding steps that are allowed besides, of an entry's type and size; sums round by the size of what they add."""
 _HALF_STEPS = 16
-"""Rounding steps of the output's type that are allowed where these are coarser than `TOLERANCE` (half precision)."""
+"""Rounding steps that make up the tolerance where these are coarser than `TOLERANCE` (half precision)."""
+_FAR = 1000.0
+"""Values that are this many times larger than all others, and equal to one part in as many, fill in for a mask."""
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """An output at one batch size: in the network, in the file, and where that is, in words."""
+
+    truth: Floats
+    got: Floats
+    where: str
 
 
 @dataclass
-class _Difference:
-    """What is known of one output so far: its largest difference, its scale, and the tolerance that its type allows."""
+class _Output:
+    """An output at every batch size.
 
-    max_abs: float = 0.0
-    scale: float = 0.0
-    tolerance: float = TOLERANCE
+    Attributes:
+        name: in the file.
+        tolerance: share of how far its values differ that an entry may be wrong by; 0 for whole numbers.
+        rounding: share of its own value that an entry may be wrong by besides.
+        pairs: the output at each size.
+    """
+
+    name: str
+    tolerance: float
+    rounding: float
+    pairs: list[_Pair] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An entry of an output in the network and in the file, their difference, and what is allowed, in two parts."""
+
+    where: str
+    value: float
+    got: float
+    difference: float
+    spread: float
+    rounding: float
 
     @property
-    def relative(self) -> float:
-        if self.max_abs == 0.0:
+    def allowed(self) -> float:
+        return self.spread + self.rounding
+
+    @property
+    def share(self) -> float:
+        if self.difference == 0.0:
             return 0.0
-        return self.max_abs / self.scale if self.scale > 0.0 else float("inf")
+        return self.difference / self.allowed if self.allowed > 0.0 else float("inf")
 
 
 def check_parity(
@@ -65,7 +103,14 @@ def check_parity(
 ) -> Parity:
     r"""Compare a file with a network.
 
-    Over the outputs $o$, $\max_o \max|y_o - \hat y_o| / \max|y_o|$ must stay within `tolerance`.
+    Entry $i$ of output $o$, $y_{oi}$ in the network, may differ by $\tau s_o + 32 \epsilon \max(|y_{oi}|, m_o)$ in the
+    file, with $\tau$ the `tolerance` and $\epsilon$ the rounding step of its type. The spread $s_o$ is how far the
+    values of the output differ from those of the first example, so that an entry that is the same for every example (a
+    masked score, an offset) does not widen what the others may differ by; nor does what fills in for a mask that
+    moves. Where the examples are all the same, or do not change the output, it is how far its entries differ from each
+    other. The size $m_o$ is the median of $|y_{oi}|$ over what differs between examples, at least
+    $\min(1, \max|y_{oi}|) / 8$: runtimes compute sigmoid and its like to a few rounding steps of 1, not of the result.
+    Infinite entries and whole numbers must be equal.
 
     Args:
         path: the file.
@@ -75,18 +120,19 @@ def check_parity(
         lengths: the sequence length at each of these sizes, for a file that leaves it free; empty keeps the example's.
         by_name: compare the outputs that the file has with the entries of these names in what the network returns;
             otherwise the file has every tensor that the network returns, in its order.
-        tolerance: share of each output's scale. Half-precision outputs are allowed 16 rounding steps of their type
-            where that is more.
+        tolerance: share $\tau$ of each output's spread. Half-precision outputs are allowed 16 rounding steps of their
+            type where that is more, in place of 32 as well.
         seed: of the draw.
 
     Returns:
-        The largest absolute and relative difference over all outputs and batch sizes, and the loosest tolerance that
-        applied.
+        The largest absolute and relative difference over all outputs and batch sizes, the loosest tolerance that
+        applied, and the largest share of what was allowed.
 
     Raises:
         ExportError: the file cannot be run at one of the sizes, or disagrees with the network.
     """
-    differences: dict[str, _Difference] = {}
+    outputs: dict[str, _Output] = {}
+    batches: list[Dataset] = []
     try:
         session = Session(path)
     except DataError as error:
@@ -106,8 +152,11 @@ def check_parity(
                 f"the exported file does not run at {where}: {error} Look for a size that `forward` hard-codes, and "
                 "take it from `x.shape` instead."
             ) from None
-        _compare(expected, obtained, where, differences, tolerance)
-    return _judge(differences, list(batch_sizes), list(lengths))
+        _pair(expected, obtained, where, outputs, tolerance)
+        batches.append(batch)
+    given = [[batch.inputs[name].astype(np.float64) for batch in batches] for name in example.inputs]
+    varied = any(gap.any() for values in given for gap in _gaps(values))
+    return _judge(list(outputs.values()), varied, list(batch_sizes), list(lengths))
 
 
 def resample(example: Dataset, size: int, seed: int) -> Dataset:
@@ -158,54 +207,160 @@ def network_outputs(model: nn.Module, batch: Dataset, names: Sequence[str] | Non
     return found
 
 
-def _compare(
+def refuse_complex(output: Tensor, name: str) -> None:
+    """Raise an `ExportError` for an output of complex numbers."""
+    if output.is_complex():
+        raise ExportError(
+            f"output {name!r} is complex ({output.dtype}), and an ONNX file has no complex outputs here; return "
+            "`torch.view_as_real(x)` instead, the real and the imaginary part on a last axis of 2."
+        )
+
+
+def _pair(
     expected: Sequence[Tensor],
     obtained: Mapping[str, Array],
     where: str,
-    differences: dict[str, _Difference],
+    outputs: dict[str, _Output],
     tolerance: float,
 ) -> None:
+    """Add to `outputs` what the network and the file give at one batch size."""
     if len(expected) != len(obtained):
         raise ExportError(
             f"the network has {len(expected)} outputs, the file {len(obtained)}; return each tensor once."
         )
     for reference, (name, value) in zip(expected, obtained.items(), strict=True):
+        refuse_complex(reference, name)
         if tuple(reference.shape) != value.shape:
             raise ExportError(
                 f"output {name!r} has shape {value.shape} in the file and {tuple(reference.shape)} in the network at "
                 f"{where}. Look for a size that `forward` hard-codes, and take it from `x.shape` instead."
             )
-        exact = not (reference.is_floating_point() or reference.is_complex())
-        steps = 0.0 if exact else _HALF_STEPS * torch.finfo(reference.dtype).eps
-        known = differences.setdefault(name, _Difference(tolerance=0.0 if exact else max(tolerance, steps)))
-        truth, got = reference.detach().double().numpy(), value.astype(np.float64)
-        known.max_abs = max(known.max_abs, _distance(truth, got))
-        finite = truth[np.isfinite(truth)]
-        known.scale = max(known.scale, float(np.abs(finite).max()) if finite.size else 0.0)
+        known = outputs.setdefault(name, _Output(name, *_shares(reference.dtype, tolerance)))
+        known.pairs.append(_Pair(reference.detach().double().numpy(), value.astype(np.float64), where))
 
 
-def _distance(truth: Array, got: Array) -> float:
-    """Return the largest absolute difference; infinite where one side is not finite and the other is not the same."""
-    same = (truth == got) | (np.isnan(truth) & np.isnan(got))
-    if same.all():
-        return 0.0
-    difference = np.abs(truth[~same] - got[~same])
-    return float("inf") if not np.isfinite(difference).all() else float(difference.max())
+def _shares(dtype: torch.dtype, tolerance: float) -> tuple[float, float]:
+    """Return the share of the spread, and of an entry's own value, that an entry of a type may be wrong by."""
+    if not dtype.is_floating_point:
+        return 0.0, 0.0
+    step = torch.finfo(dtype).eps
+    share = max(tolerance, _HALF_STEPS * step)
+    return share, min(ROUNDING_STEPS * step, share)
 
 
-def _judge(differences: Mapping[str, _Difference], batch_sizes: list[int], lengths: list[int]) -> Parity:
-    for name, known in differences.items():
-        if not known.relative <= known.tolerance:
-            raise ExportError(
-                f"the exported file disagrees with the network: output {name!r} differs by {known.max_abs:.3g}, "
-                f"{known.relative:.3g} of its largest value; allowed is {known.tolerance:.3g}, at batch sizes "
-                f"{batch_sizes}{f' and sequence lengths {lengths}' if lengths else ''}. Look for random or data-dependent steps in `forward`."
-            )
-    found = list(differences.values())
+def _gaps(values: Sequence[Floats]) -> list[Floats]:
+    """Return how far the entries of an array differ from those of its first example; 0 where one is not finite."""
+    first: dict[tuple[int, ...], Floats] = {}
+    gaps = []
+    for value in values:
+        if not value.ndim or not value.size:
+            gaps.append(np.zeros_like(value))
+            continue
+        with np.errstate(invalid="ignore", over="ignore"):
+            gap = np.abs(value - first.setdefault(value.shape[1:], value[:1]))
+        gaps.append(np.where(np.isfinite(gap), gap, 0.0))
+    return gaps
+
+
+def _masks_out(values: Sequence[Floats]) -> Sequence[Floats]:
+    """Return an output with infinity for what fills in for a mask: large values that are all but equal, far from the rest."""
+    sizes = np.abs(_finite(values))
+    fill = sizes.max(initial=0.0) * (1.0 - 1.0 / _FAR)
+    others = sizes[sizes < fill]
+    if sizes.size > others.size + 1 and others.size and others.max() * _FAR < fill:
+        return _masks_out([np.where(np.abs(value) < fill, value, np.inf) for value in values])
+    return values
+
+
+def _finite(values: Sequence[Floats]) -> Floats:
+    flat = np.concatenate([value.ravel() for value in values])
+    finite: Floats = flat[np.isfinite(flat)]
+    return finite
+
+
+def _scales(values: Sequence[Floats], varied: bool) -> tuple[float, float]:
+    """Return how far the values of an output differ, between examples if these do, and how large they are as a rule."""
+    least = min(1.0, float(np.abs(_finite(values)).max(initial=0.0))) / 8
+    values = _masks_out(values)
+    known = _finite(values)
+    if not known.size:
+        return 0.0, least
+    gaps = _gaps(values)
+    if varied and any(gap.any() for gap in gaps):
+        live = np.concatenate([np.abs(value[gap > 0.0]) for value, gap in zip(values, gaps, strict=True)])
+        return max(float(gap.max(initial=0.0)) for gap in gaps), max(least, float(np.median(live)))
+    sizes = np.abs(known)
+    return float(np.ptp(known)) or float(sizes.max()), max(least, float(np.median(sizes)))
+
+
+def _worst(output: _Output, varied: bool) -> _Entry:
+    """Return the entry of an output that comes closest to what is allowed, or goes furthest beyond it."""
+    spread, size = _scales([pair.truth for pair in output.pairs], varied)
+    worst = _Entry("", 0.0, 0.0, 0.0, 0.0, 0.0)
+    for pair in output.pairs:
+        truth, difference = pair.truth, _distance(pair)
+        if not truth.size:
+            continue
+        sizes = np.maximum(np.where(np.isfinite(truth), np.abs(truth), 0.0), size)
+        allowed = output.tolerance * spread + output.rounding * sizes
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares = np.where(difference == 0.0, 0.0, difference / allowed)
+        at = np.unravel_index(int(shares.argmax()), truth.shape)
+        place = f"entry {[int(index) for index in at]} at {pair.where}" if at else pair.where
+        rounding = output.rounding * float(sizes[at])
+        found = _Entry(
+            place, float(truth[at]), float(pair.got[at]), float(difference[at]), output.tolerance * spread, rounding
+        )
+        worst = max(worst, found, key=lambda entry: entry.share)
+    return worst
+
+
+def _distance(pair: _Pair) -> Floats:
+    """Return the absolute differences; infinite where one side is not finite and the other is not the same."""
+    same = (pair.truth == pair.got) | (np.isnan(pair.truth) & np.isnan(pair.got))
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = np.where(same, 0.0, np.abs(pair.truth - pair.got))
+    return np.where(np.isnan(difference), np.inf, difference)
+
+
+def _judge(outputs: Sequence[_Output], varied: bool, batch_sizes: list[int], lengths: list[int]) -> Parity:
+    shares, gaps, relative = [], [], []
+    for output in outputs:
+        worst = _worst(output, varied)
+        if worst.share > 1.0:
+            raise ExportError(_refusal(output, worst))
+        shares.append(worst.share)
+        gap, scale = _gap_and_scale(output)
+        gaps.append(gap)
+        relative.append(gap / scale if gap else 0.0)
     return Parity(
-        max_abs=max(known.max_abs for known in found),
-        max_rel=max(known.relative for known in found),
-        tolerance=max(known.tolerance for known in found),
+        max_abs=max(gaps),
+        max_rel=max(relative),
+        tolerance=max(output.tolerance for output in outputs),
+        worst=max(shares),
         batch_sizes=batch_sizes,
         sequence_lengths=lengths,
+    )
+
+
+def _gap_and_scale(output: _Output) -> tuple[float, float]:
+    """Return the largest absolute difference of an output, and its largest finite absolute value."""
+    gap = scale = 0.0
+    for pair in output.pairs:
+        gap = max(gap, float(_distance(pair).max(initial=0.0)))
+        scale = max(scale, float(np.abs(pair.truth).max(where=np.isfinite(pair.truth), initial=0.0)))
+    return gap, scale
+
+
+def _refusal(output: _Output, worst: _Entry) -> str:
+    found = (
+        f"the exported file disagrees with the network: output {output.name!r} differs by {worst.difference:.3g} "
+        f"({worst.got:.6g} in the file, {worst.value:.6g} in the network, {worst.where})"
+    )
+    advice = "Look for random or data-dependent steps in `forward`"
+    if not output.tolerance:
+        return f"{found}; whole numbers must be equal. {advice}, and for scores that are almost equal before `argmax`."
+    return (
+        f"{found}; allowed is {worst.allowed:.3g}: {worst.spread:.3g}, {output.tolerance:.3g} of how far its values differ, and "
+        f"{worst.rounding:.3g} for rounding. {advice}; if there are none, give examples that differ more."
     )

@@ -153,6 +153,11 @@ class Random(nn.Module):
         return x + torch.rand_like(x)
 
 
+class Complex(nn.Module):
+    def forward(self, x):
+        return x, torch.complex(x, -x)
+
+
 class Unsupported(nn.Module):
     def forward(self, x):
         return torch.special.bessel_j0(x)
@@ -171,6 +176,7 @@ class Unsupported(nn.Module):
         ),
         (nn.Linear(7, 2), (2, 8), "network itself fails at batch size 2.*shapes and types"),
         (Random(), (2, 8), "disagrees with the network"),
+        (Complex(), (2, 8), r"output 'output_1' is complex \(torch\.complex64\).*torch\.view_as_real"),
         (Unsupported(), (2, 8), "operator prims.bessel_j0 has no ONNX form"),
     ],
 )
@@ -183,6 +189,16 @@ def test_what_cannot_be_exported_is_refused_and_leaves_no_file(tmp_path, model, 
     assert caught.value.exit_code == 3
     assert path.read_bytes() == b"from before"
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_the_parts_of_complex_numbers_can_be_exported(tmp_path):
+    class Parts(nn.Module):
+        def forward(self, x):
+            return torch.view_as_real(torch.complex(x, -x))
+
+    x = rows(3, 8).inputs["x"]
+    artifact = dynamo(Parts(), rows(3, 8), tmp_path / "m.onnx", opset=20)
+    np.testing.assert_array_equal(run(artifact.path, x=x)[0], np.stack([x, -x], axis=-1))
 
 
 @pytest.mark.parametrize("opset", [9, 30])
