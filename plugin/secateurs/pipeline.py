@@ -37,6 +37,7 @@ from secateurs.refit import refit
 from secateurs.report import Certificate, PassRecord, Skipped
 from secateurs.settings import RecoverySettings
 from secateurs.surgery import applied
+from secateurs.training_mode import check_trained_network
 
 __all__ = ["Outcome", "Session", "build_pass", "recover", "run_passes"]
 
@@ -203,7 +204,8 @@ def _run_pass(session: Session, step: Pass, outcome: Outcome) -> Outcome:
             step.answer(False)
             continue
         total = tally.plan + certified.plan
-        candidate, mended = _mend(session, step.name, applied(current, certified.plan), entry, total, proposal)
+        pruned = _applied(session, current, certified.plan, trains=proposal.recovery_epochs > 0)
+        candidate, mended = _mend(session, step.name, pruned, entry, total, proposal)
         accepted, value = _judge(session, proposal, candidate, reference)
         shown = None if value is None else sign * value
         tally.rounds.append({"edits": certified.plan.removals, "accepted": accepted, "validation": shown, **mended})
@@ -234,6 +236,14 @@ def _run_pass(session: Session, step: Pass, outcome: Outcome) -> Outcome:
     )
     shortfalls = outcome.shortfalls if missed is None else (*outcome.shortfalls, missed)
     return Outcome(current, outcome.plan + tally.plan, (*outcome.records, record), shortfalls, latest)
+
+
+def _applied(session: Session, model: nn.Module, plan: Plan, *, trains: bool) -> nn.Module:
+    """Return the network after a plan; where it will be trained, whether it can be is checked before any more work."""
+    pruned = applied(model, plan)
+    if (trains or session.recovery.epochs) and session.roles.training is not None:
+        check_trained_network(pruned, model, plan, session.roles.training)
+    return pruned
 
 
 def _mend(

@@ -36,6 +36,7 @@ from secateurs.search import Search, prepare_search
 from secateurs.settings import TargetSettings
 from secateurs.shipping import Shipping
 from secateurs.sources import load_role
+from secateurs.training_mode import check_training_mode, training_notes
 
 __all__ = ["Prepared", "Pruned", "dry_run", "prepare", "run"]
 
@@ -126,6 +127,7 @@ def prepare(recipe: Recipe, manager: Manager, progress: Callable[[ProgressEvent]
         evaluate = Validation(metric, roles.validation)
     if trains:
         check_settings(recipe.recovery, model, evaluated=evaluate is not None)
+        check_training_mode(model, roles.training or roles.calibration)
     session = Session(
         baseline=model,
         roles=roles,
@@ -229,7 +231,10 @@ def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bo
         recover(session, model, recipe.recovery, checkpoint=output / STATE / "recovery")
     report = _on_main(lambda: _finish(prepared, outcome, model, output))
     assert report is not None
-    report.notes += session.roles.notes
+    report.notes += [
+        *session.roles.notes,
+        *training_notes(model, session.baseline, outcome.plan, session.roles.calibration),
+    ]
     report.passes = list(outcome.records)
     report.trials = pruned.trials
     report.digest = digest

@@ -29,6 +29,7 @@ from secateurs.recovery import check_settings
 from secateurs.report import Ratios, Report, Side
 from secateurs.search import prepare_search
 from secateurs.settings import RecoverySettings, SearchSettings, TargetSettings
+from secateurs.training_mode import check_training_mode, training_notes
 
 __all__ = ["PruneResult", "prune", "pruning_report"]
 
@@ -115,6 +116,7 @@ def prune(
         if learning is None:
             raise DataError("`recovery` asks for training, and there is no `training`; give labelled batches.")
         check_settings(settings, model, evaluated=evaluate is not None)
+        check_training_mode(baseline, learning)
     session = Session(
         baseline=baseline,
         roles=trimming(baseline, resolve_roles(pools, {}, seed, cut=("validation",))),
@@ -197,7 +199,11 @@ def pruning_report(session: Session, outcome: Outcome, pruned: nn.Module, second
         candidate=after,
         ratios=Ratios(params=ratio(after.params, before.params), macs=ratio(after.macs, before.macs)),
         passes=list(outcome.records),
-        notes=[*session.roles.notes, *([] if macs.reason is None else [macs.reason])],
+        notes=[
+            *session.roles.notes,
+            *([] if macs.reason is None else [macs.reason]),
+            *training_notes(pruned, session.baseline, outcome.plan, session.roles.calibration),
+        ],
         environment=environment(session.seed, 1),
         seconds=seconds,
     )
