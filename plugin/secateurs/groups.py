@@ -6,6 +6,7 @@ its reason; the rest of the network is still offered. A graph is never reused af
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from secateurs.data import Dataset
 from secateurs.errors import GroupError
@@ -28,9 +30,12 @@ from secateurs.layers import (
 from secateurs.plan import Plan, RemoveUnits, SetAttribute, Slice
 from secateurs.report import Skipped
 from secateurs.tracing import Limits, Refused, Trace, traced
+from secateurs.unreached import named, unreached
 
 __all__ = ["Group", "Limits", "Member", "WidthAttribute", "find_groups", "group_importances", "plan_removal"]
 
+ROOTS = (*CONVOLUTIONS, nn.Linear)
+"""Layers that a group can start from."""
 Index = npt.NDArray[np.int64]
 
 
@@ -92,6 +97,17 @@ class Group:
         """Return the members of one kind."""
         return tuple(member for member in self.members if member.kind == kind)
 
+    def refused(self, reason: str) -> Skipped:
+        """Return that the group is left alone, with all layers that produce its units."""
+        return _refused([self.root, *(member.module for member in self.of("out"))], reason)
+
+
+def _refused(producers: Sequence[str], reason: str) -> Skipped:
+    """Return that the units of some layers, of which the first stands for all, are left alone."""
+    root, *others = dict.fromkeys(producers)
+    together = f"; {named(others)} would lose the same units" if others else ""
+    return Skipped(where=root, reason=f"{reason}{together}")
+
 
 def find_groups(model: nn.Module, example: Dataset, limits: Limits | None = None) -> tuple[list[Group], list[Skipped]]:
     """Enumerate the groups of a network.
@@ -112,15 +128,21 @@ def find_groups(model: nn.Module, example: Dataset, limits: Limits | None = None
     with traced(model, example, limits or Limits()) as trace:
         seen: set[nn.Module] = set()
         for module in list(trace.graph.module2node):
-            if module in seen or not isinstance(module, (*CONVOLUTIONS, nn.Linear)) or is_depthwise(module):
+            if module in seen or not isinstance(module, ROOTS) or is_depthwise(module):
                 continue
+            producers = [module]
             try:
                 items = trace.items(module)
-                seen |= {item.dep.target.module for item in items if trace.produces(item)}
+                producers += [item.dep.target.module for item in items if trace.produces(item)]
                 groups.append(_describe(items, trace))
             except Refused as error:
-                skipped.append(Skipped(where=trace.names.get(module, "?"), reason=str(error)))
+                skipped.append(
+                    _refused([trace.names[part] for part in producers if isinstance(part, ROOTS)], str(error))
+                )
+            seen.update(producers)
         order = {name: position for position, name in enumerate(trace.names.values())}
+        reached = {name for module, name in trace.names.items() if module in trace.graph.module2node}
+    skipped += unreached(model, example, reached)
     groups.sort(key=lambda group: order[group.root])
     return groups, skipped
 
@@ -186,14 +208,32 @@ def _describe(items: Any, trace: Trace) -> Group:
             raise Refused(f"{names[module]!r} would be cut in two different ways")
     members = tuple(Member(module, kind, index) for (module, kind), index in merged.items())
     if not any(member.kind == "in" for member in members):
-        raise Refused("nothing reads its units: they are an output of the network")
+        raise Refused(_why_unread([item.dep.target for item in items]))
     return Group(
         names[root], units, tuple(sorted(members, key=lambda member: ("out", "pass", "in").index(member.kind)))
     )
 
 
+def _why_unread(nodes: Sequence[Any]) -> str:
+    """Return why no layer reads the units that pass some nodes of the graph: the network ends there, or torch-pruning goes no further."""
+    if any(not node.outputs for node in nodes):
+        return "nothing reads its units: they are an output of the network"
+    passed = set(nodes)
+    ahead = [after.grad_fn for node in nodes for after in node.outputs if after not in passed]
+    stops = {re.sub(r"Backward\d*$", "", function.name()).lower() for function in ahead if hasattr(function, "name")}
+    where = f": it cannot follow them through {' or '.join(sorted(stops))}" if stops else ""
+    return f"torch-pruning does not find what reads its units{where}"
+
+
 def _kind(module: nn.Module, name: str, produces: bool) -> Kind | None:
     """Tell how a layer takes part, or refuse layers whose part is not described here."""
+    if parametrize.is_parametrized(module):
+        tensors: Any = module.parametrizations
+        tensor = next(iter(tensors))
+        raise Refused(
+            f"{name!r} is parametrised: its {tensor} is computed and cannot be cut; make it plain with "
+            f"`torch.nn.utils.parametrize.remove_parametrizations(layer, {tensor!r})`"
+        )
     if isinstance(module, NORMS):
         return "pass" if module.affine or module.track_running_stats else None
     if is_depthwise(module):

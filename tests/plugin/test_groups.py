@@ -74,7 +74,7 @@ REFUSALS = {
     },
     "group_normed": {"0": "is a GroupNorm"},
     "layer_normed": {"0": "is a LayerNorm"},
-    "recurrent": {"embed": "is a LSTM"},
+    "recurrent": {"embed": "'lstm' is a LSTM", "lstm": "it is a LSTM"},
     "tied": {"down": "is a Embedding"},
 }
 

@@ -102,7 +102,7 @@ def checked_groups(
     kept: list[Group] = []
     for group in groups:
         if group.root in with_heads and not settings.heads:
-            skipped.append(Skipped(where=group.root, reason="its units are attention heads, and `heads` is off"))
+            skipped.append(group.refused("its units are attention heads, and `heads` is off"))
             continue
         reason = _refusal(model, example, group, settings) or _unknown_reader(model, group, idle)
         watched = settings.coupled and len(group.of("out")) > 1 and group.root not in with_heads
@@ -114,7 +114,7 @@ def checked_groups(
             kept += found
             skipped += left
         else:
-            skipped.append(Skipped(where=group.root, reason=reason))
+            skipped.append(group.refused(reason))
     return _whole_kinds(model, kept, skipped) if settings.uniform else (kept, skipped)
 
 
@@ -190,7 +190,7 @@ def _whole_kinds(
             whole.append(group)
         else:
             reason = f"`uniform` is on, and {first.where!r} of its kind is left alone: {first.reason}"
-            found.append(Skipped(where=group.root, reason=reason))
+            found.append(group.refused(reason))
     return whole, found
 
 
