@@ -20,9 +20,10 @@ from secateurs import checkpoint, cost, processes
 from secateurs.card import model_card
 from secateurs.data import Dataset, resolve_roles
 from secateurs.devices import fill_in
-from secateurs.errors import DataError, ModelError, RecipeError, unknown_name
+from secateurs.entry import copied, outputs_on, plain_network
+from secateurs.errors import ModelError, RecipeError, unknown_name
 from secateurs.files import write_text
-from secateurs.forward import call, inference, output_tensors, trimming
+from secateurs.forward import output_tensors, trimming
 from secateurs.interfaces import Converter, Exporter, Metric, ProgressEvent, Target, width_multiple
 from secateurs.judging import Validation
 from secateurs.manager import Manager
@@ -179,17 +180,11 @@ def _load_model(recipe: Recipe, manager: Manager, data: Dataset) -> nn.Module:
     spec = recipe.model
     torch.manual_seed(recipe.seed)
     loader = manager.registries.models[spec.loader].load()
-    model = loader(spec.value, arguments=spec.arguments, weights=spec.weights, folder=recipe.folder).eval()
-    example = data.take(range(min(2, len(data))))
-    try:
-        with inference(model):
-            outputs = output_tensors(call(model, example))
-    except Exception as error:  # whatever a user's network raises on the user's data
-        shapes = {name: tuple(array.shape[1:]) for name, array in example.inputs.items()}
-        message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"the network does not run on the calibration data (shapes per example {shapes}): {message}."
-        ) from error
+    model = loader(spec.value, arguments=spec.arguments, weights=spec.weights, folder=recipe.folder)
+    model = plain_network(model).eval()
+    outputs = output_tensors(outputs_on(model, data))
+    copied(model)  # what passes do, they do on copies
+    checkpoint.saved_tensors(model)
     if not outputs:
         raise ModelError(
             "the network returns no floating-point tensor; return the prediction as a tensor, tuple or mapping."

@@ -15,6 +15,7 @@ from torch import nn
 from secateurs import checkpoint, cost
 from secateurs.budget import parse_budget
 from secateurs.data import resolve_roles
+from secateurs.entry import check_arguments, copied, outputs_on, plain_network
 from secateurs.errors import DataError
 from secateurs.files import write_text
 from secateurs.forward import device_of, gathered, to_dataset, trimming
@@ -76,7 +77,7 @@ def prune(
     back to its device, where `evaluate` and `recovery` see it.
 
     Args:
-        model: the trained network.
+        model: the trained network; of a compiled one, the network inside is pruned.
         example_inputs: what the network is called with: a tensor, a tuple, or a dict of tensors by name.
         calibration: batches for statistics and refit, as a DataLoader gives them: inputs, or (inputs, labels) pairs, whose labels are not used.
         passes: as in a recipe (`{"mi-nodes": {"target_macs": 0.5}}` or a name), or `Pass` objects.
@@ -97,11 +98,14 @@ def prune(
     Raises:
         UserError: an argument does not follow the form; the message says which.
     """
+    network = plain_network(model)
+    batches = {"calibration": calibration, **({} if training is None else {"training": training})}
+    check_arguments(example_inputs, batches, passes)
     manager = manager or create_manager()
     example = to_dataset(example_inputs)
-    data = gathered(calibration, "calibration", example)
-    learning = None if training is None else gathered(training, "training", example)
-    pools = {"calibration": replace(data, labels=None), **({} if learning is None else {"training": learning})}
+    pools = {name: gathered(given, name, example) for name, given in batches.items()}
+    data, learning = pools["calibration"], pools.get("training")
+    pools["calibration"] = replace(data, labels=None)
     settings = (
         settings_from(RecoverySettings, recovery, "recovery")
         if isinstance(recovery, Mapping)
@@ -110,12 +114,13 @@ def prune(
     device = target if isinstance(target, TargetSettings) else settings_from(TargetSettings, target or {}, "target")
     how = settings_from(SearchSettings, search, "search") if isinstance(search, Mapping) else search
     budget = parse_budget({} if accuracy_drop is None else {"accuracy_drop": accuracy_drop})
-    home = device_of(model)
-    baseline = copy.deepcopy(model).cpu().eval()
+    home = device_of(network)
+    baseline = copied(network).cpu().eval()
+    outputs_on(baseline, data)
     if settings.epochs:
         if learning is None:
             raise DataError("`recovery` asks for training, and there is no `training`; give labelled batches.")
-        check_settings(settings, model, evaluated=evaluate is not None)
+        check_settings(settings, network, evaluated=evaluate is not None)
         check_training_mode(baseline, learning)
     session = Session(
         baseline=baseline,
@@ -140,7 +145,9 @@ def prune(
         recover(session, pruned, settings)
     report = pruning_report(session, outcome, pruned, time.perf_counter() - began)
     report.trials = [] if found is None else found.trials()
-    _as_found(pruned, model)
+    if network is not model:
+        report.notes.append("the network given is compiled, and the pruned one is not: compile it again")
+    _as_found(pruned, network)
     return PruneResult(pruned, outcome.plan, report)
 
 
