@@ -25,8 +25,10 @@ from secateurs.layers import CONVOLUTIONS, NORMS, is_matrix_layer
 from secateurs.plan import DropBlock
 from secateurs.probe import first_tensor
 from secateurs.readers import masked
+from secateurs.report import Skipped
+from secateurs.unreached import named
 
-__all__ = ["Block", "Describe", "find_blocks"]
+__all__ = ["Block", "Describe", "find_blocks", "no_blocks"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,18 @@ def find_blocks(model: nn.Module, example: Dataset, describe: Describe | None = 
     if not chosen:
         return [_checked(model, example, block) for block in _plain_blocks(model, example)]
     return [_checked(model, example, _judged(path, calls[path], path in innermost)) for path in chosen]
+
+
+def no_blocks(model: nn.Module) -> Skipped:
+    """Return that no block was found in a network, what a block is, and what was looked at."""
+    elements = _list_elements(model)
+    looked = f" {named(elements)} {'is' if len(elements) == 1 else 'are'} not like that." if elements else ""
+    reason = (
+        "no block was found. A block is an element of a list of like modules (`Sequential`, `ModuleList`, numbered attributes) whose first "
+        "tensor goes past its layers with weights to its output, in the same shape; or, in a network without such elements, a convolution of "
+        f"a `Sequential` that keeps the shape.{looked} Describe other blocks with the hook `secateurs_describe_blocks`"
+    )
+    return Skipped(where="the network", reason=reason)
 
 
 def _plain_blocks(model: nn.Module, example: Dataset) -> list[Block]:

@@ -16,6 +16,8 @@ from secateurs.forward import tensors
 from secateurs.modules import Bypass
 from secateurs.passes.base import Context
 from secateurs.passes.block_baselines import BlockInfluence, RandomBlocks
+from secateurs.passes.cka_cluster import CkaCluster
+from secateurs.passes.cka_segment import CkaSegment
 from secateurs.passes.compared import block_similarity, cka_matrix, live_blocks
 from secateurs.passes.depth import DepthPass, Ranking, Removal, layers_after
 from secateurs.plan import DropBlock, Plan
@@ -140,9 +142,47 @@ def test_one_budget_is_wanted():
         run(Front(), residual(), images(8))
 
 
-def test_a_network_without_blocks_is_left_alone():
-    result = run(Front(blocks=1), nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).eval(), images(8))
+class Gated(nn.Module):
+    """A residual block whose first argument is no part of the stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(192, 8), nn.Linear(8, 192)
+
+    def forward(self, mask, value):
+        return value + mask * self.down(self.up(value).relu())
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(Gated() for _ in range(3)), nn.Linear(192, 3)
+
+    def forward(self, value):
+        value = value.flatten(1)
+        for layer in self.layers:
+            value = layer(torch.ones_like(value), value)
+        return self.head(value)
+
+
+@pytest.mark.parametrize(
+    ("model", "looked"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), "keeps the shape. Describe"),
+        (Masked(), "'layers.*' are not like that"),
+    ],
+    ids=["none", "masked"],
+)
+@pytest.mark.parametrize(
+    "step", [Front(blocks=1), CkaCluster(max_blocks=1), CkaSegment(blocks=1)], ids=lambda step: step.name
+)
+def test_a_network_without_blocks_is_left_alone_and_the_reason_says_what_a_block_is(step, model, looked):
+    inputs = tensors(images(8))["input"]
+    result = prune(model.eval(), inputs[:2], [inputs], [copy.deepcopy(step)], evaluate=lambda _: 1.0)
     assert not result.plan
+    [told] = result.report.passes[0].skipped
+    assert told.where == "the network"
+    assert looked in told.reason
 
 
 def test_plain_stacks_lose_a_convolution_with_its_normalisation():

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from secateurs.blocks import Block
+from secateurs.blocks import Block, no_blocks
 from secateurs.errors import DataError
 from secateurs.passes.base import Context, Pass, Proposal
 from secateurs.passes.compared import Similarity, block_similarity, live_blocks
@@ -129,7 +129,7 @@ class CkaCluster(Pass):
         measured = self._measure(context)
         live, similarity = measured.blocks, measured.similarity
         skipped = [Skipped(where=block.path, reason=block.reason) for block in live if not block.removable]
-        skipped += similarity.skipped
+        skipped += similarity.skipped if live else [no_blocks(context.model)]
         blocks = list(similarity.blocks)
         while self._granularity <= settings.max_granularity and blocks:
             plan, blocked = plan_clusters(

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from torch import nn
 
-from secateurs.blocks import Block
+from secateurs.blocks import Block, no_blocks
 from secateurs.data import Dataset
 from secateurs.errors import RecipeError
 from secateurs.passes.base import Context, Pass, Proposal
@@ -232,7 +232,9 @@ class DepthPass(Pass):
         removals = self._within_budget(context, known.choice)
         self._proposed = [removal.block.path for removal in removals]
         plan = dropping(context.model, removals)
-        fixed = tuple(Skipped(where=block.path, reason=block.reason) for block in known.blocks if not block.removable)
+        fixed = [Skipped(where=block.path, reason=block.reason) for block in known.blocks if not block.removable]
+        if not known.blocks:
+            fixed.append(no_blocks(context.model))
         details = {
             "blocks": [block.path for block in known.blocks],
             **known.choice.details,
