@@ -16,6 +16,7 @@ import numpy.typing as npt
 from secateurs.errors import DataError
 from secateurs.intervals import binomial_interval, paired_difference_interval
 from secateurs.report import Accuracy, Estimate, Pairs
+from secateurs.rounding import largest
 from secateurs_adapters.session import Session, run_dataset, seeded_inputs
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ Array = npt.NDArray[Any]
 SEEDED_EXAMPLES = 256
 """Seeded inputs are drawn until there are this many examples."""
 AGREEMENT_TOLERANCE = 1e-2
-"""Outputs that are not class scores agree within this share of the baseline's largest absolute output."""
+"""Outputs that are not class scores agree within this share of the baseline's largest absolute output, masks left aside."""
 _BATCH_BYTES = 4 * 1024 * 1024
 _LARGEST_BATCH = 64
 
@@ -219,9 +220,8 @@ def _agreed(before: Array, after: Array) -> npt.NDArray[np.bool_]:
     if before.dtype.kind not in "fiub":
         return np.atleast_1d(np.asarray(before == after)).reshape(-1)
     reference, other = before.astype(np.float64), after.astype(np.float64)
-    finite = np.abs(reference[np.isfinite(reference)])
     with np.errstate(invalid="ignore"):
-        close = np.abs(reference - other) <= AGREEMENT_TOLERANCE * (finite.max() if finite.size else 0.0)
+        close = np.abs(reference - other) <= AGREEMENT_TOLERANCE * largest(reference)
     same = np.atleast_1d(close | (reference == other) | (np.isnan(reference) & np.isnan(other)))
     return np.asarray(same.all(tuple(range(1, same.ndim))))
 

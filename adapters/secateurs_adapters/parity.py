@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from secateurs.errors import DataError, ExportError, last_line
 from secateurs.forward import call, inference
 from secateurs.report import Parity
+from secateurs.rounding import ROUNDING_STEPS, Floats, distance, gaps, scales, shares
 from secateurs_adapters.session import Session
 
 if TYPE_CHECKING:
@@ -30,16 +31,11 @@ if TYPE_CHECKING:
 __all__ = ["TOLERANCE", "check_parity", "network_outputs", "refuse_complex", "resample"]
 
 Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
 
 TOLERANCE = 1e-4
 """Largest difference allowed, as a share of how far the values of an output differ between examples."""
-ROUNDING_STEPS = 32
-"""Rounding steps that are allowed besides, of an entry's type and size; sums round by the size of what they add."""
 _HALF_STEPS = 16
 """Rounding steps that make up the tolerance where these are coarser than `TOLERANCE` (half precision)."""
-_FAR = 1000.0
-"""Values that are this many times larger than all others, and equal to one part in as many, fill in for a mask."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +151,7 @@ def check_parity(
         _pair(expected, obtained, where, outputs, tolerance)
         batches.append(batch)
     given = [[batch.inputs[name].astype(np.float64) for batch in batches] for name in example.inputs]
-    varied = any(gap.any() for values in given for gap in _gaps(values))
+    varied = any(gap.any() for values in given for gap in gaps(values))
     return _judge(list(outputs.values()), varied, list(batch_sizes), list(lengths))
 
 
@@ -248,66 +244,18 @@ def _shares(dtype: torch.dtype, tolerance: float) -> tuple[float, float]:
     return share, min(ROUNDING_STEPS * step, share)
 
 
-def _gaps(values: Sequence[Floats]) -> list[Floats]:
-    """Return how far the entries of an array differ from those of its first example; 0 where one is not finite."""
-    first: dict[tuple[int, ...], Floats] = {}
-    gaps = []
-    for value in values:
-        if not value.ndim or not value.size:
-            gaps.append(np.zeros_like(value))
-            continue
-        with np.errstate(invalid="ignore", over="ignore"):
-            gap = np.abs(value - first.setdefault(value.shape[1:], value[:1]))
-        gaps.append(np.where(np.isfinite(gap), gap, 0.0))
-    return gaps
-
-
-def _masks_out(values: Sequence[Floats]) -> Sequence[Floats]:
-    """Return an output with infinity for what fills in for a mask: large values that are all but equal, far from the rest."""
-    sizes = np.abs(_finite(values))
-    fill = sizes.max(initial=0.0) * (1.0 - 1.0 / _FAR)
-    others = sizes[sizes < fill]
-    if sizes.size > others.size + 1 and others.size and others.max() * _FAR < fill:
-        return _masks_out([np.where(np.abs(value) < fill, value, np.inf) for value in values])
-    return values
-
-
-def _finite(values: Sequence[Floats]) -> Floats:
-    flat = np.concatenate([value.ravel() for value in values])
-    finite: Floats = flat[np.isfinite(flat)]
-    return finite
-
-
-def _scales(values: Sequence[Floats], varied: bool) -> tuple[float, float]:
-    """Return how far the values of an output differ, between examples if these do, and how large they are as a rule."""
-    least = min(1.0, float(np.abs(_finite(values)).max(initial=0.0))) / 8
-    values = _masks_out(values)
-    known = _finite(values)
-    if not known.size:
-        return 0.0, least
-    gaps = _gaps(values)
-    if varied and any(gap.any() for gap in gaps):
-        live = np.concatenate([np.abs(value[gap > 0.0]) for value, gap in zip(values, gaps, strict=True)])
-        return max(float(gap.max(initial=0.0)) for gap in gaps), max(least, float(np.median(live)))
-    sizes = np.abs(known)
-    return float(np.ptp(known)) or float(sizes.max()), max(least, float(np.median(sizes)))
-
-
 def _worst(output: _Output, varied: bool) -> _Entry:
     """Return the entry of an output that comes closest to what is allowed, or goes furthest beyond it."""
-    spread, size = _scales([pair.truth for pair in output.pairs], varied)
+    spread, usual = scales([pair.truth for pair in output.pairs], varied)
     worst = _Entry("", 0.0, 0.0, 0.0, 0.0, 0.0)
     for pair in output.pairs:
-        truth, difference = pair.truth, _distance(pair)
+        truth, difference = pair.truth, distance(pair.truth, pair.got)
         if not truth.size:
             continue
-        sizes = np.maximum(np.where(np.isfinite(truth), np.abs(truth), 0.0), size)
-        allowed = output.tolerance * spread + output.rounding * sizes
-        with np.errstate(divide="ignore", invalid="ignore"):
-            shares = np.where(difference == 0.0, 0.0, difference / allowed)
-        at = np.unravel_index(int(shares.argmax()), truth.shape)
+        found_shares = shares(truth, pair.got, output.tolerance, output.rounding, spread, usual)
+        at = np.unravel_index(int(found_shares.argmax()), truth.shape)
         place = f"entry {[int(index) for index in at]} at {pair.where}" if at else pair.where
-        rounding = output.rounding * float(sizes[at])
+        rounding = output.rounding * max(float(np.abs(truth[at])) if np.isfinite(truth[at]) else 0.0, usual)
         found = _Entry(
             place, float(truth[at]), float(pair.got[at]), float(difference[at]), output.tolerance * spread, rounding
         )
@@ -315,29 +263,21 @@ def _worst(output: _Output, varied: bool) -> _Entry:
     return worst
 
 
-def _distance(pair: _Pair) -> Floats:
-    """Return the absolute differences; infinite where one side is not finite and the other is not the same."""
-    same = (pair.truth == pair.got) | (np.isnan(pair.truth) & np.isnan(pair.got))
-    with np.errstate(invalid="ignore", over="ignore"):
-        difference = np.where(same, 0.0, np.abs(pair.truth - pair.got))
-    return np.where(np.isnan(difference), np.inf, difference)
-
-
 def _judge(outputs: Sequence[_Output], varied: bool, batch_sizes: list[int], lengths: list[int]) -> Parity:
-    shares, gaps, relative = [], [], []
+    worst_shares, differences, relative = [], [], []
     for output in outputs:
         worst = _worst(output, varied)
         if worst.share > 1.0:
             raise ExportError(_refusal(output, worst))
-        shares.append(worst.share)
+        worst_shares.append(worst.share)
         gap, scale = _gap_and_scale(output)
-        gaps.append(gap)
+        differences.append(gap)
         relative.append(gap / scale if gap else 0.0)
     return Parity(
-        max_abs=max(gaps),
+        max_abs=max(differences),
         max_rel=max(relative),
         tolerance=max(output.tolerance for output in outputs),
-        worst=max(shares),
+        worst=max(worst_shares),
         batch_sizes=batch_sizes,
         sequence_lengths=lengths,
     )
@@ -347,7 +287,7 @@ def _gap_and_scale(output: _Output) -> tuple[float, float]:
     """Return the largest absolute difference of an output, and its largest finite absolute value."""
     gap = scale = 0.0
     for pair in output.pairs:
-        gap = max(gap, float(_distance(pair).max(initial=0.0)))
+        gap = max(gap, float(distance(pair.truth, pair.got).max(initial=0.0)))
         scale = max(scale, float(np.abs(pair.truth).max(where=np.isfinite(pair.truth), initial=0.0)))
     return gap, scale
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from secateurs.layers import mixes, weight_dims
 from secateurs.plan import DropBlock, Edit, Plan, RemoveUnits, SetAttribute
 from secateurs.readers import masked, observe_readers
 from secateurs.report import Certificate, Skipped
+from secateurs.rounding import ROUNDING_STEPS, Floats, distance, gaps, scales, shares
 from secateurs.surgery import applied
 
 __all__ = ["Certified", "certify", "certify_network", "keep_certified", "masks_of"]
@@ -30,39 +32,38 @@ __all__ = ["Certified", "certify", "certify_network", "keep_certified", "masks_o
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest difference, as a share of how much an output varies over the examples, by its dtype."""
 BATCH_SIZES = (2, 5)
-ROUNDING = 32
-"""Rounding steps of its own that a number may differ by."""
 SHORTEST_SEQUENCE = 4
 """Sequences of at least this length are compared at half of it too."""
 
 
 @dataclass
 class _Difference:
-    """What is known of the differences so far."""
+    """What is known of the differences so far; the spread is of each output."""
 
     max_abs: float = 0.0
     scale: float = 0.0
     tolerance: float = 0.0
     worst: float = 0.0
+    spread: dict[int, float] = field(default_factory=dict)
 
-    def add(self, expected: Tensor, got: Tensor, spread: float) -> None:
+    def add(self, number: int, expected: Tensor, got: Tensor) -> None:
         r"""Compare one output of one batch.
 
-        A number $v$ may differ by $\tau s + \min(32 \epsilon, \tau) |v|$, with the tolerance $\tau$ and the rounding step $\epsilon$ of its
-        dtype, and $s$ how much the output varies. What is the same for every example (a mask, an offset) thus leaves no room for the
-        rest. Whole numbers and infinite ones must be equal.
+        A number $v$ may differ by $\tau s + \min(32 \epsilon, \tau) \max(|v|, m)$, with the tolerance $\tau$ and the rounding step
+        $\epsilon$ of its dtype, $s$ how much the output varies over the examples, and $m$ how large it is as a rule
+        (`secateurs.rounding.scales`). What is the same for every example (a mask, an offset) thus leaves no room for the rest. Whole
+        numbers and infinite ones must be equal.
         """
         exact = not (expected.is_floating_point() or expected.is_complex())
         tolerance = 0.0 if exact else _tolerance(expected.dtype)
-        step = 0.0 if exact else min(ROUNDING * torch.finfo(expected.dtype).eps, tolerance)
-        first, second = (_wide(value) for value in (expected, got))
-        difference = torch.where(first == second, 0.0, (first - second).abs()).nan_to_num(nan=float("inf"))
-        size = first.abs().nan_to_num(posinf=0.0)
-        share = torch.where(difference == 0, 0.0, difference / (tolerance * spread + step * size))
-        self.max_abs = max(self.max_abs, float(difference.max()))
-        self.worst = max(self.worst, float(share.max()))
+        step = 0.0 if exact else min(ROUNDING_STEPS * torch.finfo(expected.dtype).eps, tolerance)
+        truth, found = _array(expected), _array(got)
+        spread, usual = scales([truth])
+        spread = self.spread[number] = max(self.spread.get(number, 0.0), spread)
+        self.max_abs = max(self.max_abs, float(distance(truth, found).max()))
+        self.worst = max(self.worst, float(shares(truth, found, tolerance, step, spread, usual).max()))
         if not exact:
-            self.scale = max(self.scale, float(size.max()))
+            self.scale = max(self.scale, float(np.abs(truth[np.isfinite(truth)]).max(initial=0.0)))
             self.tolerance = max(self.tolerance, tolerance)
 
 
@@ -70,8 +71,9 @@ def _tolerance(dtype: torch.dtype) -> float:
     return TOLERANCE.get(dtype.to_real() if dtype.is_complex else dtype, TOLERANCE[torch.float32])
 
 
-def _wide(value: Tensor) -> Tensor:
-    return value.to(torch.complex128) if value.is_complex() else value.double()
+def _array(value: Tensor) -> Floats:
+    found: Floats = (torch.view_as_real(value) if value.is_complex() else value).double().cpu().numpy()
+    return found
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,6 @@ def certify_network(
     except DOES_NOT_RUN as error:
         raise CertificateError(f"the masked original does not run: {first_line(error)}") from error
     difference = _Difference()
-    spreads: dict[int, float] = {}
     sizes = sorted({min(size, len(data)) for size in batch_sizes})
     for batch, shorter in _batches(data, sizes):
         with inference(original, pruned):
@@ -202,8 +203,7 @@ def certify_network(
                 raise CertificateError(
                     f"the pruned network returns shape {tuple(b.shape)} where the original returns {tuple(a.shape)}"
                 )
-            spreads[number] = max(spreads.get(number, 0.0), _spread(a))
-            difference.add(a, b, spreads[number])
+            difference.add(number, a, b)
     return Certificate(
         max_abs=difference.max_abs,
         scale=difference.scale,
@@ -211,16 +211,6 @@ def certify_network(
         worst=difference.worst,
         batch_sizes=sizes,
     )
-
-
-def _spread(value: Tensor) -> float:
-    """Return how much an output varies over the examples; of a single one the range of its entries, of a single number its size."""
-    wide = _wide(value)
-    if wide.ndim and len(wide) > 1:
-        wide = wide - wide[:1]
-    elif wide.numel() > 1:
-        wide = wide - wide.flatten()[0]
-    return float(wide.abs().nan_to_num(nan=0.0, posinf=0.0).max())
 
 
 def _batches(data: Dataset, sizes: Sequence[int]) -> Iterator[tuple[Dataset, bool]]:
@@ -263,7 +253,7 @@ def _refuse_constant(outputs: Sequence[Tensor]) -> None:
         )
     if any(bool(value.isnan().any()) for value in scores):
         raise CertificateError("the masked original returns NaN; it cannot certify anything")
-    if all(len(value) > 1 and _spread(value) <= 1e-12 for value in scores if value.ndim):
+    if all(len(value) > 1 and gaps([_array(value)])[0].max() <= 1e-12 for value in scores if value.ndim):
         raise CertificateError("the outputs are the same for every example; such a network cannot certify anything")
 
 

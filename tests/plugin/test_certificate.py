@@ -306,6 +306,7 @@ HIDING = {
     "forbidden classes": lambda net, x, y: y.masked_fill(FORBIDDEN, -torch.inf),
     "masked scores beside": lambda net, x, y: {"scores": y, "masked": y.masked_fill(FORBIDDEN, -1e9)},
     "an offset": lambda net, x, y: 1e5 + 100 * y,
+    "a mask that moves": lambda net, x, y: y.masked_fill(x[:, :3] > 0.5, -1e9),
 }
 
 
