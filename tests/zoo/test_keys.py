@@ -63,7 +63,10 @@ def test_the_versions_of_the_libraries_are_those_installed():
     import torch
 
     versions = keys.library_versions()
-    assert versions["torch"] in (torch.__version__, torch.__version__.partition("+")[0])  # wheels may leave their build out
+    assert versions["torch"] in (
+        torch.__version__,
+        torch.__version__.partition("+")[0],
+    )  # wheels may leave their build out
     assert versions["numpy"] == np.__version__
     assert "ruff" not in versions
 
