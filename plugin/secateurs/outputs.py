@@ -76,7 +76,7 @@ def own_labels(prediction: Tensor) -> Tensor:
 def kl_divergence(reference: Tensor, candidate: Tensor, temperature: float = 1.0) -> float:
     r"""Return the mean over rows of $T^2\,\mathrm{KL}(\mathrm{softmax}(r/T)\,\|\,\mathrm{softmax}(c/T))$, in nats.
 
-    For values: the divergence $(r - c)^2 / 2\sigma^2$ of Gaussians around them, with the variance $\sigma^2$ of $r$.
+    For values: the divergence $(r - c)^2 / 2\sigma^2$ of Gaussians around them, with the variance $\sigma^2$ of $r$, or $r^2$ of a single one.
 
     Args:
         reference: logits $r$; see the module's docstring.
@@ -88,7 +88,7 @@ def kl_divergence(reference: Tensor, candidate: Tensor, temperature: float = 1.0
     """
     r, c = prediction_rows(reference.double()), prediction_rows(candidate.double())
     if r.shape[-1] == 1:
-        error, spread = (r - c).square().mean(), r.var(correction=0)
+        error, spread = (r - c).square().mean(), r.var(correction=0) if len(r) > 1 else r.square().mean()
         value = float(error / (2 * spread)) if spread > 0 else math.inf if error > 0 else float(error)
     else:
         p, q = torch.log_softmax(r / temperature, -1), torch.log_softmax(c / temperature, -1)

@@ -36,6 +36,10 @@ def test_joined_predictions_have_the_rows_of_all_batches(axis, shape):
     assert axis or torch.equal(joined(parts), found)
 
 
+def test_the_divergence_of_a_single_value_is_relative_to_it():
+    assert kl_divergence(torch.tensor([4.0]), torch.tensor([3.0])) == pytest.approx(1 / 32)
+
+
 def test_joined_scalars_are_values():
     assert joined([torch.tensor(1.0), torch.tensor(2.0)]).tolist() == [1.0, 2.0]
 
