@@ -253,7 +253,8 @@ def _refuse_constant(outputs: Sequence[Tensor]) -> None:
         )
     if any(bool(value.isnan().any()) for value in scores):
         raise CertificateError("the masked original returns NaN; it cannot certify anything")
-    if all(len(value) > 1 and gaps([_array(value)])[0].max() <= 1e-12 for value in scores if value.ndim):
+    several = [value for value in scores if value.ndim]
+    if several and all(len(value) > 1 and gaps([_array(value)])[0].max() <= 1e-12 for value in several):
         raise CertificateError("the outputs are the same for every example; such a network cannot certify anything")
 
 

@@ -30,7 +30,7 @@ def plain_network(model: Any) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"the network must be a torch.nn.Module, got {_described(model)}")
-    inner = model._modules.get(_COMPILED)
+    inner = dict(model.named_children()).get(_COMPILED)
     network: nn.Module = model if inner is None else inner
     for path, module in network.named_modules():
         if _COMPILED in module._modules:

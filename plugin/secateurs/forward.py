@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from secateurs.data import Dataset, Roles
 from secateurs.errors import DataError, SecateursError, first_line
+from secateurs.outputs import joined
 
 __all__ = [
     "DOES_NOT_RUN",
@@ -142,7 +143,7 @@ def predict(model: nn.Module, data: Dataset, batch_size: int = 256) -> Tensor:
     """Return the network's prediction for every example, in evaluation mode."""
     batches = data.longest_first().batches(examples_per_pass(data, batch_size))
     with inference(model):
-        found = torch.cat([logits(call(model, batch)).detach() for batch in batches])
+        found = joined([logits(call(model, batch)).detach() for batch in batches])
     return found[torch.as_tensor(np.argsort(data.by_length()), device=found.device)] if data.trims else found
 
 
@@ -165,6 +166,8 @@ def ignores_padding(model: nn.Module, data: Dataset) -> bool:
         return False
     with inference(model):
         whole = logits(call(model, few))
+        if not whole.ndim or len(whole) != len(few):
+            return False
         try:
             cut = logits(call(model, short))
         except DOES_NOT_RUN:  # a network of fixed length

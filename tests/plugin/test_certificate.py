@@ -397,6 +397,13 @@ def test_layers_that_are_called_by_name_are_masked():
     assert certify(model, plan, data).holds
 
 
+def test_a_single_number_for_all_examples_is_compared():
+    model, data = Scores(lambda net, x, y: y.square().mean()).eval(), vectors(16)
+    plan = removal(model, data, "score.0", [1, 5])
+    assert certify(model, plan, data).holds
+    assert not certify(model, off_by_one(plan, "score.2"), data).holds
+
+
 def test_networks_that_draw_at_random_draw_the_same():
     model, data = Scores(lambda net, x, y: y + 0.1 * torch.randn_like(y)).eval(), vectors(16)
     plan = removal(model, data, "score.0", [1, 5])
