@@ -236,6 +236,8 @@ def to_dataset(batch: Any, *, origin: str = "", inputs: int | None = None) -> Da
     """
     labels = None
     if not isinstance(batch, (Mapping, Tensor, np.ndarray)):
+        if not isinstance(batch, Iterable):
+            raise DataError(f"a batch is a {type(batch).__name__}; batches are tensors, tuples or mappings of them.")
         values = list(batch)
         if len(values) == 2 and _are_labels(values, inputs):
             batch, labels = values
@@ -271,5 +273,7 @@ def _array(value: Any, name: str) -> Any:
             f"{name!r} of a batch is a {type(value).__name__}; batches are tensors, tuples or mappings of them."
         )
     if value.dtype is torch.bfloat16:
-        raise DataError(f"{name!r} of a batch is bfloat16, which numpy does not know; give float32.")
+        raise DataError(
+            f"{name!r} of a batch is bfloat16, which numpy does not know; give float32, and a bfloat16 network as `model.float()`."
+        )
     return value.detach().cpu().numpy()

@@ -61,6 +61,7 @@ WRONG = {
     "other names": ([{"pixels": PIXELS}], "inputs \\['pixels'\\], and the network takes 1, without names"),
     "other shapes": ([PIXELS, PIXELS[..., :5]], "shapes .* in 'input'; pad or crop"),
     "too many": ([(PIXELS, PIXELS, PIXELS)], "inputs \\['input_0', 'input_1', 'input_2'\\]"),
+    "no container": ([PIXELS, 3], "a batch is a int; batches are tensors"),
     "no tensors": ([["a", "b", "c"]], "is a str; batches are tensors"),
     "bfloat16": ([PIXELS.bfloat16()], "give float32"),
     "none": ([], "`calibration` has no batches"),
