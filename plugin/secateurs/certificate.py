@@ -34,6 +34,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, tor
 BATCH_SIZES = (2, 5)
 SHORTEST_SEQUENCE = 4
 """Sequences of at least this length are compared at half of it too."""
+MOST = 1 << 22
+"""Numbers that are compared at once, at the most, or those of one example."""
 
 
 @dataclass
@@ -57,18 +59,30 @@ class _Difference:
         exact = not (expected.is_floating_point() or expected.is_complex())
         tolerance = 0.0 if exact else _tolerance(expected.dtype)
         step = 0.0 if exact else min(ROUNDING_STEPS * torch.finfo(expected.dtype).eps, tolerance)
-        truth, found = _array(expected), _array(got)
-        spread, usual = scales([truth])
+        spread, usual = scales([_array(_drawn(expected))])
         spread = self.spread[number] = max(self.spread.get(number, 0.0), spread)
-        self.max_abs = max(self.max_abs, float(distance(truth, found).max()))
-        self.worst = max(self.worst, float(shares(truth, found, tolerance, step, spread, usual).max()))
-        if not exact:
-            self.scale = max(self.scale, float(np.abs(truth[np.isfinite(truth)]).max(initial=0.0)))
-            self.tolerance = max(self.tolerance, tolerance)
+        for first, second in zip(_pieces(expected), _pieces(got), strict=True):
+            truth, found = _array(first), _array(second)
+            self.max_abs = max(self.max_abs, float(distance(truth, found).max()))
+            self.worst = max(self.worst, float(shares(truth, found, tolerance, step, spread, usual).max()))
+            if not exact:
+                self.scale = max(self.scale, float(np.abs(truth[np.isfinite(truth)]).max(initial=0.0)))
+                self.tolerance = max(self.tolerance, tolerance)
 
 
 def _tolerance(dtype: torch.dtype) -> float:
     return TOLERANCE.get(dtype.to_real() if dtype.is_complex else dtype, TOLERANCE[torch.float32])
+
+
+def _drawn(value: Tensor) -> Tensor:
+    """Return an output, or evenly spaced entries of each example where it is large: they tell how it varies as well as all do."""
+    every = -(-value.numel() // MOST)
+    return value if value.ndim == 0 or every == 1 else value.reshape(len(value), -1)[:, ::every]
+
+
+def _pieces(value: Tensor) -> Sequence[Tensor]:
+    """Return an output in parts of a few examples, to spare memory."""
+    return (value,) if value.ndim == 0 else value.split(max(1, MOST * len(value) // value.numel()))
 
 
 def _array(value: Tensor) -> Floats:

@@ -397,6 +397,19 @@ def test_layers_that_are_called_by_name_are_masked():
     assert certify(model, plan, data).holds
 
 
+@pytest.mark.parametrize("most", [1, 7, 40])
+def test_large_outputs_are_compared_in_parts(monkeypatch, most):
+    model, data = Scores(lambda net, x, y: y[:, :, None] * x[:, None]).eval(), vectors(16)
+    plan = removal(model, data, "score.0", [1, 5])
+    wrong = off_by_one(plan, "score.2")
+    whole = certify(model, wrong, data)
+    monkeypatch.setattr(secateurs.certificate, "MOST", most)
+    parts = certify(model, wrong, data)
+    assert certify(model, plan, data).holds
+    assert not parts.holds
+    assert (parts.max_abs, parts.scale) == (whole.max_abs, whole.scale)
+
+
 def test_a_single_number_for_all_examples_is_compared():
     model, data = Scores(lambda net, x, y: y.square().mean()).eval(), vectors(16)
     plan = removal(model, data, "score.0", [1, 5])
