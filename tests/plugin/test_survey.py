@@ -60,7 +60,7 @@ def test_units_that_a_layer_may_read_that_was_not_called_stay():
     torch.manual_seed(0)
     roots, reasons = roots_and_reasons(Auxiliary(), vectors(16))
     assert roots == ["second"]
-    assert "'aside' was not called" in reasons["first"]
+    assert "'aside' was not called with the first calibration examples" in reasons["first"]
     assert "Remove it from the network" in reasons["first"]
 
 

@@ -154,8 +154,8 @@ def _unknown_reader(model: nn.Module, group: Group, idle: Mapping[str, int]) -> 
     if name is None:
         return None
     return (
-        f"{name!r} was not called with the example, and reads as many channels as the readers of these units: whether it reads them in "
-        "training or with other inputs is not known. Remove it from the network, or give an example that calls it"
+        f"{name!r} was not called with the first calibration examples, and reads as many channels as the readers of these units: whether it "
+        "reads them in training or with other inputs is not known. Remove it from the network, or put examples that call it first"
     )
 
 
