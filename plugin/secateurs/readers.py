@@ -99,7 +99,7 @@ class _Recorder:
     def _disturb(self, layer: nn.Module, output: Any, units: tuple[int, ...], strength: float) -> Any:
         """Return the recorded output with noise on some channels, `strength` times the output's range."""
         value = first_tensor(output)
-        if value is None:
+        if value is None or not value.numel():
             return output
         index = torch.tensor(units, device=value.device)
         dim = channel_dim(layer, value)

@@ -114,7 +114,10 @@ def _units(
 def _sources(
     model: nn.Module, example: Dataset, writer: str, passing: Sequence[str]
 ) -> dict[tuple[str, int], int] | None:
-    """Return, for each channel of a layer's input that one writer reaches, which of the writer's channels it is; None if it is several."""
+    """Return, for each channel of a layer's input that one writer reaches, which of the writer's channels it is; None if it is several.
+
+    None too where the network does not run with other values in them.
+    """
     width = widths_of(model.get_submodule(writer))[1]
     ones: dict[tuple[str, int], int] = {}
     zeros: dict[tuple[str, int], int] = {}
@@ -124,7 +127,10 @@ def _sources(
             disturbed = tuple(channel for channel in range(width) if channel >> bit & 1 == value)
             if not disturbed:
                 continue
-            reading = observe_readers(model, example, {writer: disturbed}, strengths=STRENGTHS, watched=passing)
+            try:
+                reading = observe_readers(model, example, {writer: disturbed}, strengths=STRENGTHS, watched=passing)
+            except DOES_NOT_RUN:
+                return None
             if reading.reaches_output:
                 return None
             for module, channels in reading.readers.items():

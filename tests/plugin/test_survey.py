@@ -64,6 +64,31 @@ def test_units_that_a_layer_may_read_that_was_not_called_stay():
     assert "Remove it from the network" in reasons["first"]
 
 
+class Experts(nn.Module):
+    """A residual stream through two experts, of which one gets no example."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.third = nn.Linear(12, 16), nn.Linear(16, 3)
+        self.experts = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+
+    def forward(self, x):
+        hidden = self.first(x).relu()
+        chosen = (x[:, 0] > 100).long()
+        out = torch.zeros_like(hidden)
+        for number, expert in enumerate(self.experts):
+            out[chosen == number] = expert(hidden[chosen == number])
+        return self.third(hidden + out)
+
+
+def test_units_that_an_expert_without_examples_may_read_are_judged_without_error():
+    torch.manual_seed(0)
+    model, batches = Experts().eval(), [torch.as_tensor(vectors(16).inputs["input"]) for _ in range(2)]
+    result = secateurs.prune(model, batches[0], batches, [{"magnitude": {"target_units": 0.5}}])
+    others = torch.cat([torch.full((3, 1), 200.0), batches[0][:3, 1:]], 1)
+    assert result.model(others).shape == (3, 3), "the other expert runs too"
+
+
 def test_units_that_the_network_checks_stay():
     torch.manual_seed(0)
     roots, reasons = roots_and_reasons(Guarded(), vectors(16))
