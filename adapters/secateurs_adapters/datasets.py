@@ -93,7 +93,9 @@ def load_npz(settings: NpzSettings) -> Dataset:
 def load_image_folder(settings: ImageFolderSettings) -> Dataset:
     """Return the images of a folder with the index of their sub-folder as the label.
 
-    Files are read in the order of their names; hidden ones and those without an image's suffix do not count.
+    Files are read in the order of their names; hidden ones and those without an image's suffix do not count. Without
+    `classes`, a folder that lacks a class numbers the rest otherwise, so the data set tells its classes, by which roles
+    are compared.
 
     Raises:
         DataError: pillow is not installed, the folder is missing, a class has no images, an image cannot be read or is
@@ -116,7 +118,8 @@ def load_image_folder(settings: ImageFolderSettings) -> Dataset:
     for row, (_, path) in enumerate(files):
         images[row] = _decode(path, settings)
     labels = np.array([label for label, _ in files], np.int64)
-    return Dataset({"input": normalised(images, settings.normalise)}, labels, f"image_folder:{root}")
+    inputs = {"input": normalised(images, settings.normalise)}
+    return Dataset(inputs, labels, f"image_folder:{root}", classes=tuple(classes))
 
 
 def load_tsv(settings: TsvSettings) -> Dataset:
@@ -132,7 +135,8 @@ def load_tsv(settings: TsvSettings) -> Dataset:
     rows = tokenizer(texts, padding="max_length", truncation=True, max_length=settings.max_length)
     inputs = {name: np.array(rows[name], np.int64) for name in ("input_ids", "attention_mask")}
     labels = None if settings.label is None else np.array(words, np.int64)
-    return Dataset(inputs, labels, f"tsv:{path}", keyword=True)
+    classes = settings.classes if labels is not None and settings.classes else None
+    return Dataset(inputs, labels, f"tsv:{path}", keyword=True, classes=classes)
 
 
 def normalised(images: Array, normalise: Normalise | None) -> Array:

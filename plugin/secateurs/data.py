@@ -44,6 +44,7 @@ class Dataset:
         keyword: call the network with the inputs by name instead of by position.
         trims: leave out of every batch the last positions that are padding in all of its examples; for networks that this does not change
             (`secateurs.forward.ignores_padding`).
+        classes: what the labels 0, 1, ... stand for, where the source tells; None compares with anything.
     """
 
     inputs: Mapping[str, Array]
@@ -51,6 +52,7 @@ class Dataset:
     origin: str = ""
     keyword: bool = False
     trims: bool = False
+    classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         where = f"data set {self.origin!r}"
@@ -248,11 +250,12 @@ def resolve_roles(
         The roles, with a note for every duplicate that was dropped.
 
     Raises:
-        DataError: no calibration data, or two roles overlap by source or by content.
+        DataError: no calibration data, two roles overlap by source or by content, or their labels stand for other classes.
     """
     if "calibration" not in given:
         raise DataError(f"the data has no `calibration` role (got: {', '.join(sorted(given)) or 'none'}); give one.")
     _refuse_shared_origins(given)
+    _refuse_other_classes(given)
     notes: list[str] = []
     pools = _drop_duplicates(dict(given), notes)
     parts: dict[str, Dataset] = {}
@@ -295,6 +298,28 @@ def _refuse_shared_origins(given: Mapping[str, Dataset]) -> None:
                 + ("." if role == "evaluation" else ", or leave it out to have it cut from calibration's source.")
             )
         owners[origin] = role
+
+
+def _refuse_other_classes(given: Mapping[str, Dataset]) -> None:
+    """Refuse roles in which one label stands for two classes."""
+    named = [(role, classes) for role in ROLES if role in given and (classes := given[role].classes) is not None]
+    for role, classes in named[1:]:
+        first, expected = named[0]
+        if classes == expected:
+            continue
+        odd = next(
+            label
+            for label in range(max(len(classes), len(expected)))
+            if classes[label : label + 1] != expected[label : label + 1]
+        )
+        names = " and ".join(
+            f"{found[odd]!r} in {where!r}" if odd < len(found) else f"nothing in {where!r}"
+            for where, found in ((first, expected), (role, classes))
+        )
+        raise DataError(
+            f"the roles {first!r} ({len(expected)} classes) and {role!r} ({len(classes)} classes) number their classes differently: the "
+            f"label {odd} is {names}. Give both the same list, `classes: [...]`, in the order in which the network was trained."
+        )
 
 
 def _drop_duplicates(pools: dict[str, Dataset], notes: list[str], *, refuse: bool = True) -> dict[str, Dataset]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pydantic import ValidationError
 
+from secateurs.data import resolve_roles
 from secateurs.errors import DataError
 from secateurs_adapters.datasets import (
     DIGITS_NORMALISE,
@@ -244,6 +245,17 @@ class TestImageFolder:
         with pytest.raises(DataError, match=r"unknown class 'ant'.*Known: 'cat'"):
             load_image_folder(ImageFolderSettings(folder=zoo, size=(2, 2), classes=["cat"]))
 
+    def test_a_role_that_lacks_a_class_is_refused(self, zoo, tmp_path):
+        (tmp_path / "other" / "cat").mkdir(parents=True)
+        (tmp_path / "other" / "cat" / "0.png").write_bytes((zoo / "ant" / "0.png").read_bytes())
+        whole, part = ({"folder": folder, "size": (2, 2)} for folder in (zoo, tmp_path / "other"))
+        pools = [load_image_folder(ImageFolderSettings(**options)) for options in (whole, part)]
+        with pytest.raises(DataError, match="the label 0 is 'ant' in 'calibration' and 'cat' in 'evaluation'"):
+            resolve_roles(dict(zip(("calibration", "evaluation"), pools, strict=True)), {}, 0)
+        named = load_image_folder(ImageFolderSettings(**part, classes=["ant", "cat"]))
+        assert named.labels.tolist() == [1]
+        assert named.classes == pools[0].classes == ("ant", "cat")
+
     def test_links_out_of_the_folder(self, zoo, tmp_path):
         (tmp_path / "secret").mkdir()
         (zoo / "cat" / "0.png").rename(tmp_path / "secret" / "0.png")
@@ -321,6 +333,7 @@ class TestTsv:
         data = load_tsv(TsvSettings(**options, label="mood", classes=["neg", "pos"]))
         assert data.labels.tolist() == [1, 0]
         assert data.inputs["input_ids"].tolist() == [[2], [3]]
+        assert data.classes == ("neg", "pos")
         assert load_tsv(TsvSettings(**options, label=None)).labels is None
 
     @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Data roles: disjoint by content, stratified, seeded; and data sets that are refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -260,3 +262,25 @@ def test_more_samples_than_there_are():
     pools = {"calibration": numbered(0, 10), "evaluation": numbered(20, 30)}
     with pytest.raises(DataError, match="ask for fewer `samples`"):
         resolve_roles(pools, {"evaluation": 11}, 0)
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        (("dog", "fox"), "the label 0 is 'cat' in 'calibration' and 'dog' in 'evaluation'"),
+        (("cat", "dog"), "the label 2 is 'fox' in 'calibration' and nothing in 'evaluation'"),
+        (("cat", "fox", "dog"), "the label 1 is 'dog' in 'calibration' and 'fox' in 'evaluation'"),
+    ],
+)
+def test_roles_with_other_classes_are_refused(classes, said):
+    calibration = replace(numbered(0, 50), classes=("cat", "dog", "fox"))
+    with pytest.raises(DataError, match=r"classes: \[") as caught:
+        resolve_roles({"calibration": calibration, "evaluation": replace(numbered(50, 60), classes=classes)}, {}, 0)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("classes", [None, ("cat", "dog", "fox")])
+def test_roles_with_the_same_or_unknown_classes_go_together(classes):
+    calibration = replace(numbered(0, 50), classes=("cat", "dog", "fox"))
+    roles = resolve_roles({"calibration": calibration, "evaluation": replace(numbered(50, 60), classes=classes)}, {}, 0)
+    assert roles.training.classes == ("cat", "dog", "fox"), "what is cut keeps them"
