@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 __all__ = ["combined_digest", "file_digest", "module_files"]
@@ -51,24 +51,39 @@ def module_files(name: str, folder: Path) -> set[Path]:
         folder: where the import begins.
     """
     found: set[Path] = set()
-    _collect(name, folder, found)
+    waiting = [name]
+    while waiting:
+        wanted = waiting.pop()
+        for depth in range(1, wanted.count(".") + 2):  # `a.b` runs `a/__init__.py` first
+            module = ".".join(wanted.split(".")[:depth])
+            for file in _files_of(module, folder, whole=module == wanted) - found:
+                found.add(file)
+                waiting += _imports(file.read_text(encoding="utf-8", errors="replace"), _package(file, folder))
     return found
 
 
-def _collect(name: str, folder: Path, found: set[Path]) -> None:
-    stem = folder.joinpath(*name.split("."))
-    file = next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)
-    if file is None or file in found:
-        return
-    found.add(file)
-    if file.name == "__init__.py":
-        found.update(file.parent.rglob("*.py"))
-    for imported in _imports(file.read_text(encoding="utf-8", errors="replace")):
-        _collect(imported, folder, found)
+def _files_of(module: str, folder: Path, *, whole: bool) -> set[Path]:
+    """Return the file of a module, or of a package its `__init__.py`, with `whole` every module in it."""
+    stem = folder.joinpath(*module.split("."))
+    package = stem / "__init__.py"
+    if package.is_file():  # comes before a module of the same name
+        return {file for file in stem.rglob("*.py") if file.is_file()} if whole else {package}
+    file = stem.with_suffix(".py")
+    return {file} if file.is_file() else set()
 
 
-def _imports(source: str) -> set[str]:
-    """Return the names of the modules that a source imports absolutely; none if it is not Python."""
+def _package(file: Path, folder: Path) -> list[str]:
+    """Return the parts of the name of the package that a file is in: what `.` means in its relative imports."""
+    return list(file.parent.relative_to(folder).parts) if file.is_relative_to(folder) else []
+
+
+def _imports(source: str, package: Sequence[str]) -> set[str]:
+    """Return the names of the modules that a source may import; none if it is not Python.
+
+    Args:
+        source: its text.
+        package: the parts of the name of the package it is in.
+    """
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):  # a null byte in older versions of Python
@@ -77,8 +92,13 @@ def _imports(source: str) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+        elif isinstance(node, ast.ImportFrom) and node.level <= len(package):  # more dots are an error when it runs
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            owner = ".".join([*above, *([node.module] if node.module else [])])
+            given = {alias.name for alias in node.names}
+            names.update(f"{owner}.{name}" for name in given - {"*"})
+            if node.module or "*" in given:  # `from . import name` needs no more of the package
+                names.add(owner)
     return names
 
 

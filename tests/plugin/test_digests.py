@@ -59,6 +59,51 @@ def test_a_module_brings_what_it_imports_from_its_folder(tmp_path):
     assert module_files("json", tmp_path) == set()
 
 
+def test_a_module_of_a_package_brings_what_it_imports_relatively(tmp_path):
+    (tmp_path / "outer" / "inner").mkdir(parents=True)
+    (tmp_path / "outer" / "apart").mkdir()
+    for name, text in {
+        "outer/__init__.py": "from .begin import *\n",
+        "outer/begin.py": "",
+        "outer/layers.py": "import shared\n",
+        "outer/names.py": "",
+        "outer/unrelated.py": "",
+        "outer/inner/__init__.py": "",
+        "outer/inner/net.py": "from ..layers import GAIN\nfrom . import beside, SIZE\nfrom .. import names\nfrom ..apart import x\n",
+        "outer/inner/beside.py": "from ....beyond import x\n",
+        "outer/inner/unrelated.py": "",
+        "outer/apart/__init__.py": "",
+        "outer/apart/x.py": "import by_package\n",
+        "shared.py": "",
+        "by_package.py": "",
+        "beyond.py": "",
+        "layers.py": "",
+        "outer/layers/no_package.py": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert {path.relative_to(tmp_path).as_posix() for path in module_files("outer.inner.net", tmp_path)} == {
+        "outer/__init__.py",
+        "outer/begin.py",
+        "outer/layers.py",
+        "outer/names.py",
+        "outer/inner/__init__.py",
+        "outer/inner/net.py",
+        "outer/inner/beside.py",
+        "outer/apart/__init__.py",
+        "outer/apart/x.py",
+        "shared.py",
+        "by_package.py",
+    }
+
+
+def test_a_package_comes_before_a_module_of_its_name(tmp_path):
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net.py").touch()
+    (tmp_path / "net" / "__init__.py").touch()
+    assert module_files("net", tmp_path) == {tmp_path / "net" / "__init__.py"}
+
+
 @pytest.mark.parametrize("name", ["train.npz", "net.py", "parts.py", "more.txt", "pictures/a.png"])
 def test_the_digest_of_a_recipe_follows_every_file_that_it_reads(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
