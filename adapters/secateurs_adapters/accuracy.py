@@ -16,7 +16,7 @@ import numpy.typing as npt
 from secateurs.errors import DataError
 from secateurs.intervals import binomial_interval, paired_difference_interval
 from secateurs.report import Accuracy, Estimate, Pairs
-from secateurs.rounding import largest
+from secateurs.rounding import ROUNDING_STEPS, largest, scales, shares
 from secateurs_adapters.session import Session, run_dataset, seeded_inputs
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ SEEDED_EXAMPLES = 256
 """Seeded inputs are drawn until there are this many examples."""
 AGREEMENT_TOLERANCE = 1e-2
 """Outputs that are not class scores agree within this share of the baseline's largest absolute output, masks left aside."""
+BATCH_TOLERANCE = 1e-3
+"""Share of how much an output varies that larger batches may change it by."""
 _BATCH_BYTES = 4 * 1024 * 1024
 _LARGEST_BATCH = 64
 
@@ -59,8 +61,8 @@ def compare_accuracy(
         baseline: session of the baseline file.
         candidate: session of the candidate file.
         evaluation: labelled examples.
-        metric: what is computed of each file's first output.
-        batch_size: smallest batch to run at; small examples are run in larger ones.
+        metric: what is computed of the baseline's first output and of the candidate's of that name, or its first.
+        batch_size: to run at; small examples are run in larger batches where that does not change what the files return.
 
     Returns:
         Both metrics and the drop, as fractions; baseline minus candidate where higher is better, else the reverse.
@@ -73,7 +75,14 @@ def compare_accuracy(
             f"data set {evaluation.origin!r} has no labels, and metric {metric.name!r} needs one per example; add "
             "labels."
         )
-    before, after = (_first(outputs) for outputs in _dataset_runs(baseline, candidate, evaluation.inputs, batch_size))
+    of_baseline, of_candidate = _dataset_runs(baseline, candidate, evaluation.inputs, batch_size)
+    name, before = next(iter(of_baseline.items()))
+    after = of_candidate.get(name, next(iter(of_candidate.values())))
+    if before.dtype.kind == "f" and before.size and np.isnan(before).all():
+        raise DataError(
+            f"{baseline.path.name!r} returns nothing but NaN on data set {evaluation.origin!r}, so that nothing can be compared with it; look "
+            "for weights or inputs that overflow."
+        )
     first, right_before = score(metric, before, evaluation.labels)
     second, right_after = score(metric, after, evaluation.labels)
     if first.value is None:
@@ -150,14 +159,32 @@ def agreement(
 def _dataset_runs(
     baseline: Session, candidate: Session, inputs: Mapping[str, Array], batch_size: int
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Run both files on all examples, in larger batches than asked for where they take them; return their outputs."""
+    """Run both files on all examples, in larger batches than asked for where they answer the same in them; return their outputs."""
     size = _batch_size(inputs, batch_size)
+    sessions = (baseline, candidate)
+    if size > batch_size and not all(_same_in_batches(session, inputs, batch_size, size) for session in sessions):
+        size = batch_size
+    return run_dataset(baseline, inputs, size), run_dataset(candidate, inputs, size)
+
+
+def _same_in_batches(session: Session, inputs: Mapping[str, Array], small: int, large: int) -> bool:
+    """Tell whether a file takes larger batches and returns the same in them: statistics over a batch, quantisation by its range do not."""
+    some = {name: array[:large] for name, array in inputs.items()}
     try:
-        return run_dataset(baseline, inputs, size), run_dataset(candidate, inputs, size)
+        expected, found = run_dataset(session, some, small), run_dataset(session, some, large)
     except DataError:
-        if size == batch_size:
-            raise
-        return run_dataset(baseline, inputs, batch_size), run_dataset(candidate, inputs, batch_size)
+        return False
+    return all(_equal(value, found[name]) for name, value in expected.items())
+
+
+def _equal(expected: Array, found: Array) -> bool:
+    if expected.shape != found.shape or expected.dtype.kind != "f":
+        return bool(np.array_equal(expected, found))
+    if not expected.size:
+        return True
+    before, after = expected.astype(np.float64), found.astype(np.float64)
+    step = ROUNDING_STEPS * float(np.finfo(expected.dtype).eps)
+    return float(shares(before, after, BATCH_TOLERANCE, min(step, BATCH_TOLERANCE), *scales([before])).max()) <= 1.0
 
 
 def _seeded_runs(
@@ -216,7 +243,8 @@ def _matched(
 def _agreed(before: Array, after: Array) -> npt.NDArray[np.bool_]:
     """Return which rows of two outputs agree."""
     if before.ndim >= 2 and before.shape[-1] > 1 and before.dtype.kind == "f":
-        return np.asarray(before.argmax(-1) == after.argmax(-1)).reshape(-1)
+        same_gaps = np.isnan(before).any(-1) == np.isnan(after).any(-1)
+        return np.asarray((before.argmax(-1) == after.argmax(-1)) & same_gaps).reshape(-1)
     if before.dtype.kind not in "fiub":
         return np.atleast_1d(np.asarray(before == after)).reshape(-1)
     reference, other = before.astype(np.float64), after.astype(np.float64)
@@ -230,7 +258,3 @@ def _batch_size(inputs: Mapping[str, Array], smallest: int) -> int:
     """Return a batch size whose inputs hold about 4 MiB, at most 64 and at least `smallest`."""
     row = max(sum(array[:1].nbytes for array in inputs.values() if array.ndim), 1)
     return max(smallest, min(_LARGEST_BATCH, _BATCH_BYTES // row))
-
-
-def _first(outputs: Mapping[str, Array]) -> Array:
-    return next(iter(outputs.values()))

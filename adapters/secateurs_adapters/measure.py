@@ -384,7 +384,8 @@ def answers(outputs: Any, request: dict[str, Any]) -> Any:
         return None
     labels = np.load(HERE / request["labels"], allow_pickle=False)
     scores = np.moveaxis(outputs, request["example_axis"] + 1, 1)
-    return (scores.argmax(-1).reshape(-1)[: len(labels)] == labels).tolist()
+    chosen = np.where(np.isnan(scores).any(-1), -1, scores.argmax(-1))  # a NaN is no answer
+    return (chosen.reshape(-1)[: len(labels)] == labels).tolist()
 
 
 def count_right(right: dict[str, Any]) -> dict[str, int] | None:

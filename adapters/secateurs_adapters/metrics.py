@@ -19,7 +19,8 @@ Array = npt.NDArray[Any]
 class Accuracy:
     """Share of examples whose largest score is the label's; classes on the last axis.
 
-    Labels with an axis more than one per example (one per token, say) give the share over all labels but those of -100.
+    An example with a NaN among its scores is wrong. Labels with an axis more than one per example (one per token, say) give
+    the share over all labels but those of -100.
 
     >>> import numpy as np
     >>> Accuracy().value(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 0]))
@@ -41,11 +42,13 @@ class Accuracy:
 
     def _hits(self, outputs: Array, labels: Array) -> npt.NDArray[np.bool_]:
         _check(self.name, outputs, labels)
+        known = ~np.isnan(outputs).any(-1)
         if self.top == 1:
-            return np.asarray(outputs.argmax(-1) == labels, dtype=np.bool_)
+            return np.asarray((outputs.argmax(-1) == labels) & known, dtype=np.bool_)
+        signed = outputs if outputs.dtype.kind == "f" else outputs.astype(np.int64)
         # Ranked stably, so that ties go to the lower class as argmax has it.
-        best = np.argsort(-outputs, axis=-1, kind="stable")[..., : self.top]
-        return np.asarray((best == labels[..., None]).any(-1), dtype=np.bool_)
+        best = np.argsort(-signed, axis=-1, kind="stable")[..., : self.top]
+        return np.asarray((best == labels[..., None]).any(-1) & known, dtype=np.bool_)
 
 
 class TopFiveAccuracy(Accuracy):
@@ -58,7 +61,8 @@ class TopFiveAccuracy(Accuracy):
 class F1Macro:
     """Mean over classes of the harmonic mean of precision and recall.
 
-    A class in neither labels nor predictions does not count, and neither does a token labelled -100.
+    A class in neither labels nor predictions does not count, and neither does a token labelled -100. An example with a NaN among its scores
+    is wrong.
     """
 
     name: str = "f1-macro"
@@ -77,8 +81,11 @@ class F1Macro:
             from torchmetrics.functional.classification import multiclass_f1_score
 
             counted = _counted(labels)
-            predicted = torch.from_numpy(outputs.argmax(-1)[counted])
-            truth = torch.from_numpy(labels[counted].astype(np.int64))
+            right = labels[counted].astype(np.int64)
+            unknown = np.asarray(np.isnan(outputs).any(-1))[counted]
+            # Where a score is NaN, any class but the right one.
+            chosen = np.where(unknown, (right + 1) % outputs.shape[-1], outputs.argmax(-1)[counted])
+            predicted, truth = torch.from_numpy(chosen), torch.from_numpy(right)
             return float(multiclass_f1_score(predicted, truth, num_classes=outputs.shape[-1], average="macro"))
 
 

@@ -139,7 +139,8 @@ class Spearman(_OfValues):
 class MeanIoU(_Whole):
     """Mean over classes of intersection over union of predicted and true pixels, over all images together (mIoU).
 
-    A class in neither labels nor predictions does not count, and neither do pixels labelled -100. Scores of a lower
+    A class in neither labels nor predictions does not count, and neither do pixels labelled -100; pixels with a NaN among their
+    scores are wrong. Scores of a lower
     resolution than the labels are interpolated bilinearly first, as the authors of SegFormer evaluate theirs.
     """
 
@@ -166,9 +167,9 @@ class MeanIoU(_Whole):
             scores, classes = _tensor(outputs, np.float32), _tensor(labels, np.int64)
             if scores.shape[2:] != classes.shape[1:]:
                 scores = functional.interpolate(scores, classes.shape[1:], mode="bilinear", align_corners=False)
-            found = multiclass_jaccard_index(
-                scores.argmax(1), classes, num_classes=scores.shape[1], ignore_index=IGNORED
-            )
+            # Where a score is NaN, any class but the right one.
+            chosen = scores.argmax(1).where(~scores.isnan().any(1), (classes + 1) % scores.shape[1])
+            found = multiclass_jaccard_index(chosen, classes, num_classes=scores.shape[1], ignore_index=IGNORED)
             return float(found)
 
 

@@ -23,7 +23,7 @@ from secateurs.devices import fill_in
 from secateurs.entry import copied, outputs_on, plain_network
 from secateurs.errors import ModelError, RecipeError, unknown_name
 from secateurs.files import write_text
-from secateurs.forward import output_tensors, trimming
+from secateurs.forward import leaves, logits, output_tensors, trimming
 from secateurs.interfaces import Converter, Exporter, Metric, ProgressEvent, Target, width_multiple
 from secateurs.judging import Validation
 from secateurs.manager import Manager
@@ -182,7 +182,8 @@ def _load_model(recipe: Recipe, manager: Manager, data: Dataset) -> nn.Module:
     loader = manager.registries.models[spec.loader].load()
     model = loader(spec.value, arguments=spec.arguments, weights=spec.weights, folder=recipe.folder)
     model = plain_network(model).eval()
-    outputs = output_tensors(outputs_on(model, data))
+    returned = outputs_on(model, data)
+    outputs = output_tensors(returned)
     copied(model)  # what passes do, they do on copies
     checkpoint.saved_tensors(model)
     if not outputs:
@@ -192,6 +193,11 @@ def _load_model(recipe: Recipe, manager: Manager, data: Dataset) -> nn.Module:
     if not all(bool(value.isfinite().all()) for value in outputs):
         raise ModelError(
             "the network returns NaN or infinite values on calibration data; check its weights and the normalisation."
+        )
+    if leaves(returned)[0] is not logits(returned):
+        raise ModelError(
+            "the first thing that the network returns is not its prediction, and an exported file is judged by its first output; return the "
+            "prediction (the entry `logits` where there is one, else the first floating-point tensor) first."
         )
     return model
 

@@ -13,6 +13,7 @@ from secateurs.errors import DataError
 from secateurs_adapters.accuracy import agreement, compare_accuracy, score
 from secateurs_adapters.metrics import F1Macro, TopFiveAccuracy, accuracy
 from secateurs_adapters.session import Session
+from secateurs_adapters.value_metrics import MeanIoU
 
 CLASSES = 7
 
@@ -106,6 +107,81 @@ def test_the_metrics_agree_with_their_mean_over_examples(n, classes, seed):
         assert right.mean() == pytest.approx(metric.value(outputs, labels))
         assert score(metric, outputs, labels)[0].value == pytest.approx(right.mean())
     assert (accuracy.per_example(outputs, labels) <= TopFiveAccuracy().per_example(outputs, labels)).all()
+
+
+def graph(path, nodes, outputs, constants=()):
+    """Return a session of operators on `x` of shape (batch, 7)."""
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", CLASSES]) for name in ("x", *outputs)]
+    body = helper.make_graph(nodes, "g", ends[:1], ends[1:], [numpy_helper.from_array(v, k) for k, v in constants])
+    onnx.save(helper.make_model(body, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return Session(path)
+
+
+@pytest.fixture
+def scored():
+    x = np.random.default_rng(1).normal(size=(200, CLASSES)).astype(np.float32)
+    return Dataset({"x": x}, x.argmax(1))
+
+
+def test_nan_is_no_answer():
+    """Label 0 is what `argmax` makes of NaN."""
+    scores, labels = np.random.default_rng(1).normal(size=(200, CLASSES)), np.zeros(200, np.int64)
+    scores[:, 0] += 9
+    scores[::4, 3] = np.nan
+    for metric in (accuracy, TopFiveAccuracy()):
+        assert metric.value(scores, labels) == 0.75
+    assert F1Macro().value(scores, labels) == pytest.approx((2 * 0.75 / 1.75) / 2), (
+        "of the classes 0 and 1, the one chosen instead"
+    )
+    maps = np.zeros((1, 2, 4, 4), np.float32)
+    maps[:, 0] = 1
+    assert MeanIoU().value(maps, np.zeros((1, 4, 4), np.int64)) == 1.0
+    assert MeanIoU().value(np.full_like(maps, np.nan), np.zeros((1, 4, 4), np.int64)) == 0.0
+
+
+def test_unsigned_scores_are_ranked_by_their_size():
+    scores = np.array([[0, 1, 2, 3, 4, 200, 7]], np.uint8)
+    assert TopFiveAccuracy().value(scores, np.array([5])) == 1.0
+    assert TopFiveAccuracy().value(scores, np.array([0])) == 0.0
+    low = np.array([[-128, 1, 2, 3, 4, 100, 7]], np.int8)
+    assert TopFiveAccuracy().value(low, np.array([0])) == 0.0
+
+
+def test_files_that_mix_the_examples_of_a_batch_run_at_the_batch_size_asked_for(scored, tmp_path):
+    plain = graph(tmp_path / "a.onnx", [helper.make_node("Identity", ["x"], ["y"])], ["y"])
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=1),
+        helper.make_node("Sub", ["x", "m"], ["y"]),
+    ]
+    centred = graph(tmp_path / "b.onnx", nodes, ["y"])
+    at_one = compare_accuracy(plain, centred, scored, accuracy, batch_size=1)
+    assert at_one.baseline.value == 1.0
+    assert at_one.candidate.value == pytest.approx((scored.labels == 0).mean()), "x - x is 0 for every class"
+    assert compare_accuracy(plain, centred, scored, accuracy, batch_size=200).candidate.value > 0.8
+    assert agreement(plain, centred, inputs=scored.inputs)["y"] == pytest.approx((scored.labels == 0).mean())
+
+
+def test_the_candidates_output_is_the_one_of_the_baselines_name(scored, tmp_path):
+    nodes = [helper.make_node("Identity", ["x"], ["y"]), helper.make_node("Neg", ["x"], ["z"])]
+    first, second = graph(tmp_path / "a.onnx", nodes, ["y", "z"]), graph(tmp_path / "b.onnx", nodes, ["z", "y"])
+    found = compare_accuracy(first, second, scored, accuracy)
+    assert (found.baseline.value, found.candidate.value) == (1.0, 1.0)
+
+
+def test_a_baseline_of_nothing_but_nan_is_refused(scored, tmp_path):
+    constants = [("minus", np.full(CLASSES, -1, np.float32))]
+    nodes = [
+        helper.make_node("Abs", ["x"], ["a"]),
+        helper.make_node("Mul", ["a", "minus"], ["b"]),
+        helper.make_node("Log", ["b"], ["y"]),
+    ]
+    broken = graph(tmp_path / "a.onnx", nodes, ["y"], constants)
+    fine = graph(tmp_path / "b.onnx", [helper.make_node("Identity", ["x"], ["y"])], ["y"])
+    with pytest.raises(DataError, match=r"a\.onnx' returns nothing but NaN"):
+        compare_accuracy(broken, fine, scored, accuracy)
+    found = compare_accuracy(fine, broken, Dataset(scored.inputs, np.zeros(200, np.int64)), accuracy)
+    assert found.candidate.value == 0.0, "argmax of NaN is 0, and no answer"
+    assert agreement(fine, broken, inputs=scored.inputs)["y"] == 0.0
 
 
 def test_one_label_per_token_gives_a_share_without_interval():

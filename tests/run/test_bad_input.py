@@ -144,6 +144,28 @@ def test_a_wrong_recipe_is_refused(refuse, overrides, parts):
         assert part in message, message
 
 
+ANOTHER_OUTPUT_FIRST = """
+import torch
+from digits_resnet import build as dense
+
+class Two(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.aside = dense(), torch.nn.Linear(64, 10)
+
+    def forward(self, images):
+        return {"aside": self.aside(images.flatten(1)), "logits": self.net(images)}
+"""
+
+
+def test_a_network_whose_first_output_is_not_its_prediction_is_refused(refuse, tmp_path, monkeypatch):
+    """A file is judged by its first output, and passes by the prediction."""
+    (tmp_path / "two_outputs.py").write_text(ANOTHER_OUTPUT_FIRST)
+    monkeypatch.syspath_prepend(tmp_path)
+    message = refuse("model.factory=two_outputs:Two", "model.weights=null")
+    assert "return the prediction (the entry `logits` where there is one" in message
+
+
 @pytest.mark.parametrize(
     ("arrays", "part"),
     [
