@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from secateurs import checkpoint, processes
+from secateurs.digests import file_digest
 from secateurs.errors import UserError
 from secateurs.files import read_form, refuse_links, write_text
 from secateurs.pipeline import Outcome, Session
@@ -35,6 +36,8 @@ OUTPUTS = (
     "README.md",
 )
 """The files of every output folder."""
+LASTING = ("plan.json", "model.safetensors", "baseline.onnx", "model.onnx")
+"""Those without which a finished run is of no use."""
 VARIANTS = ("{}.onnx.data", "{}.edge.*", "{}.quantised.*", "config.json")
 """What may lie beside `model.onnx` and `baseline.onnx`, by the first part of their names; the last makes `from_pretrained` fail there."""
 PLANS = "plans"
@@ -53,7 +56,8 @@ def open_folder(output: Path, digest: str, *, resume: bool, overwrite: bool) -> 
         overwrite: clear the files of an earlier run.
 
     Raises:
-        UserError: the folder cannot be written, has a symbolic link, or holds something else than what was asked for.
+        UserError: the folder cannot be written, has a symbolic link, or holds something else than what was asked for; or a file of the
+            finished run is missing, or is not the one that its verdict is about.
     """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"the output {str(output)!r} is not a plain folder; choose another with `--output`.")
@@ -76,6 +80,7 @@ def open_folder(output: Path, digest: str, *, resume: bool, overwrite: bool) -> 
             )
         if not state.exists():
             found = Report.load(output / "report.json")
+            _refuse_other_files(output)
             shutil.rmtree(output / STATE, ignore_errors=True)
             return found
     if overwrite and content:
@@ -153,6 +158,42 @@ def _digest_of_finished(output: Path) -> str | None:
     if not (output / "report.json").exists() or not (output / "recipe.yaml").exists():
         return None
     return Report.load(output / "report.json").digest or load_recipe(output / "recipe.yaml").digest(without=output)
+
+
+class _Hashed(BaseModel):
+    sha256: str
+
+
+class _Made(BaseModel):
+    beside: dict[str, _Hashed] = Field(default_factory=dict)
+
+
+class _Sidecar(BaseModel):
+    """What is read here of the file that stands beside an ONNX file: hashes by name."""
+
+    sha256: dict[str, str]
+    made: _Made | None = None
+
+    def hashes(self) -> dict[str, str]:
+        beside = {} if self.made is None else self.made.beside
+        return self.sha256 | {name: file.sha256 for name, file in beside.items()}
+
+
+def _refuse_other_files(output: Path) -> None:
+    """Refuse a finished run whose files are missing or have changed: its verdict is about others."""
+    known: dict[str, str | None] = dict.fromkeys(LASTING)
+    for sidecar in sorted(path for stem in ("model", "baseline") for path in output.glob(f"{stem}*.onnx.json")):
+        known[sidecar.name.removesuffix(".json")] = None
+        known.update(read_form(sidecar, _Sidecar, "description").hashes())
+    for name, digest in known.items():
+        file = output / name
+        if file.is_file() and digest in (None, file_digest(file)):
+            continue
+        wrong = "has changed since it was measured" if file.is_file() else "is missing"
+        raise UserError(
+            f"the run in {str(output)!r} is finished, but its file {name!r} {wrong}, so that its verdict says nothing about what lies there. "
+            "Make the run anew with `--overwrite`, or in another `--output`."
+        )
 
 
 def save_state(output: Path, digest: str, outcome: Outcome) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -208,11 +209,45 @@ def test_resume_refuses_data_that_have_changed(secateurs, tmp_path, monkeypatch)
 
 def test_a_finished_run_is_known_by_what_it_was_made_from(tmp_path):
     made = Report(verdict="pass", environment=environment(0, 1), digest="a" * 64)
-    (tmp_path / "report.json").write_text(made.to_json())
-    (tmp_path / "recipe.yaml").write_bytes((ROOT / RECIPE).read_bytes())
+    _write_finished(tmp_path, made)
     assert open_folder(tmp_path, "a" * 64, resume=True, overwrite=False) == made
     with pytest.raises(UserError, match="its data or the code of its factory have changed"):
         open_folder(tmp_path, "b" * 64, resume=True, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["plan.json", "model.safetensors", "baseline.onnx", "model.onnx", "model.onnx.data", "model.edge.ort"]
+)
+def test_the_verdict_of_a_finished_run_is_not_repeated_without_its_files(tmp_path, name):
+    made = Report(verdict="pass", environment=environment(0, 1), digest="a" * 64)
+    _write_finished(tmp_path, made)
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=f"its file '{name}' is missing.*--overwrite"):
+        open_folder(tmp_path, "a" * 64, resume=True, overwrite=False)
+    _write_finished(tmp_path, made)
+    if name.startswith(("model.onnx", "baseline.onnx", "model.edge")):
+        (tmp_path / name).write_bytes(b"other")
+        with pytest.raises(UserError, match=f"its file '{name}' has changed.*--overwrite"):
+            open_folder(tmp_path, "a" * 64, resume=True, overwrite=False)
+
+
+def _write_finished(folder: Path, made: Report) -> None:
+    """Write what a finished run leaves, as far as a resumed one looks at it."""
+    (folder / "report.json").write_text(made.to_json())
+    (folder / "recipe.yaml").write_bytes((ROOT / RECIPE).read_bytes())
+    hashes = {}
+    for name in ("plan.json", "model.safetensors", "baseline.onnx", "model.onnx", "model.onnx.data", "model.edge.ort"):
+        (folder / name).write_text(name)
+        hashes[name] = hashlib.sha256(name.encode()).hexdigest()
+    for name, listed, beside in (
+        ("baseline.onnx", ["baseline.onnx"], []),
+        ("model.onnx", ["model.onnx", "model.onnx.data"], []),
+        ("model.edge.onnx", [], ["model.edge.ort"]),
+    ):
+        (folder / name).touch()
+        body = {"file": name, "sha256": {one: hashes[one] for one in listed}}
+        body["made"] = {"beside": {one: {"bytes": 1, "sha256": hashes[one]} for one in beside}} if beside else None
+        (folder / f"{name}.json").write_text(json.dumps(body))
 
 
 def _kill_and_resume(folder: Path, kills: int, seed: int) -> None:
