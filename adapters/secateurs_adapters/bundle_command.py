@@ -47,7 +47,8 @@ def bundle(
 ) -> None:
     """Write a folder that measures both files of a run on a device that has only onnxruntime and numpy.
 
-    It measures as for the run's first target: on its provider, with its threads and batch size; `measure.py` takes others.
+    It measures as for the run's first target: on its provider, with its threads and batch size; `measure.py` takes others. Of
+    metrics it only knows accuracy: where the run has another, no labels travel.
     """
     with needs_onnx("bundle"):
         from secateurs_adapters.bundle import TOLERANCE, write_bundle
@@ -69,6 +70,9 @@ def bundle(
         if examples is None or not edge:
             raise
         raise DataError(f"{error} With `--edge`, `--seeded` makes inputs of the sizes that the files fix.") from None
+    if examples is not None and examples.labels is not None and metric != "accuracy":
+        note = f"note: the run's metric is {metric!r}, and a device only counts right answers: no labels travel, and the drop is not judged."
+        typer.echo(printable(note), err=True)
     size = sum(file["bytes"] for file in manifest["files"].values())
     if as_json:
         files = sorted(manifest["files"])
@@ -95,9 +99,9 @@ def _bundled_files(run: Path, *, edge: bool) -> tuple[Artifact, Artifact]:
 
 
 def _bundled_data(run: Path, data: Path | None) -> tuple[Dataset | None, str]:
-    """Return the examples to bundle and the metric: from `--data`, else the evaluation role of the run's recipe."""
+    """Return the examples to bundle, from `--data`, else the evaluation role of the run's recipe, and the run's metric."""
     if data is not None:
-        return load_evaluation(data), "accuracy"
+        return load_evaluation(data), _metric_of(run)
     from secateurs.manager import create_manager
     from secateurs.recipe import load_recipe
     from secateurs.sources import evaluation_examples
@@ -109,6 +113,16 @@ def _bundled_data(run: Path, data: Path | None) -> tuple[Dataset | None, str]:
         raise type(error)(
             f"{error} To bundle without the run's evaluation data, give `--data SPEC` or `--seeded`."
         ) from None
+
+
+def _metric_of(run: Path) -> str:
+    """Return the metric of a run's recipe; accuracy where there is no recipe that can be read, which `_bundled_target` tells."""
+    from secateurs.recipe import load_recipe
+
+    try:
+        return load_recipe(run / "recipe.yaml").metric
+    except UserError:
+        return "accuracy"
 
 
 def _bundled_target(run: Path, **given: int | None) -> TargetSettings:

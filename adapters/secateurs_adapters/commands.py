@@ -46,7 +46,12 @@ def validate(
             help="Execution provider; may be repeated. Without it, that of the budget's device, else the CPU.",
         ),
     ] = None,
-    metric: Annotated[str, typer.Option(help="A registered metric: accuracy, perplexity, mean-iou, ...")] = "accuracy",
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="A registered metric: accuracy, perplexity, mean-iou, ... Without it, that of the recipe that `--budget` names, else accuracy."
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Intra-op threads. Without it, those of the budget's device, else 1.")
     ] = None,
@@ -92,8 +97,9 @@ def validate(
     files may be left out: they are those of the bundle.
     """
     limits = load_budget(budget)
+    metric = metric or _recipe_metric(budget) or "accuracy"
     if measured is not None:
-        _finish(_judged(measured, baseline, candidate, limits, allow_elsewhere), junit, as_json)
+        _finish(_judged(measured, baseline, candidate, limits, metric, allow_elsewhere), junit, as_json)
     if baseline is None or candidate is None:
         raise RecipeError(
             "`secateurs validate` compares two files: give BASELINE.onnx and CANDIDATE.onnx, or `--measured FILE`."
@@ -132,15 +138,20 @@ def validate(
 
 
 def _judged(
-    measured: Path, baseline: Path | None, candidate: Path | None, budget: Budget, allow_elsewhere: float
+    measured: Path, baseline: Path | None, candidate: Path | None, budget: Budget, metric: str, allow_elsewhere: float
 ) -> Report:
     with needs_onnx("validate"):
         from secateurs_adapters.measured import judge_result
     if (baseline is None) != (candidate is None):
         raise RecipeError("give both BASELINE.onnx and CANDIDATE.onnx with `--measured`, or neither.")
-    return judge_result(
+    report = judge_result(
         measured, baseline=baseline, candidate=candidate, budget=budget, allow_elsewhere=allow_elsewhere
     )
+    if metric != "accuracy" and any(figures.accuracy is not None for figures in report.candidate.targets):
+        raise RecipeError(
+            f"the metric asked for is {metric!r}, and a device only counts right answers; give `--metric accuracy` to judge the drop by them."
+        )
+    return report
 
 
 @contextmanager
@@ -273,6 +284,17 @@ def _filled(
         first = error.errors()[0]
         option = str(first["loc"][0]).replace("_", "-")
         raise RecipeError(f"`--{option}`: {first['msg']} (got {first['input']!r}); give another value.") from None
+
+
+def _recipe_metric(budget: Path | None) -> str | None:
+    """Return the metric of the recipe whose budget judges; None where the file holds a budget alone, or names none."""
+    content = {} if budget is None else _mapping(budget, "budget", BudgetError)
+    name = content.get("metric") if "budget" in content else None
+    if name is not None and not isinstance(name, str):
+        raise RecipeError(
+            f"`metric` in {str(budget)!r} is {name!r}; it needs the name of a metric, such as `accuracy`."
+        )
+    return name
 
 
 def _metric(name: str) -> Metric:

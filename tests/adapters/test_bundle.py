@@ -264,6 +264,33 @@ def test_the_command_bundles_other_data_or_seeded_inputs(tmp_path, run):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "kit", "out", "seeded"]
 
 
+@pytest.mark.parametrize(("metric", "labels"), [("f1-macro", None), ("accuracy", "labels.npy")])
+def test_labels_travel_only_for_the_metric_that_a_device_knows(tmp_path, run, metric, labels):
+    make(tmp_path / "out")
+    body = {
+        "model": {"factory": "net:build"},
+        "data": {"calibration": {"source": "digits"}},
+        "metric": metric,
+        "passes": ["magnitude"],
+    }
+    (tmp_path / "out" / "recipe.yaml").write_text(json.dumps(body))
+    given = ("--data", tmp_path / "out" / "data.npz", "--samples", 8)
+    done = run("bundle", tmp_path / "out", "--output", tmp_path / "kit", *given)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert json.loads((tmp_path / "kit" / "manifest.json").read_text())["labels"] == labels
+    assert ("the run's metric is 'f1-macro'" in done.stderr) == (labels is None)
+
+
+def test_right_answers_of_a_device_are_no_other_metric(kit, tmp_path, run):
+    folder = copy(kit, tmp_path / "kit")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("metric: f1-macro\nbudget: {accuracy_drop: 0.5}\n")
+    asked = ("validate", "--measured", folder / "result.json", "--budget", recipe)
+    assert "a device only counts right answers" in str(run(*asked).exception)
+    done = run(*asked, "--metric", "accuracy", "--json")
+    assert json.loads(done.stdout)["baseline"]["targets"][0]["accuracy"]["metric"] == "accuracy", done.output
+
+
 def test_the_runs_own_examples_are_those_of_its_verdict(tmp_path, run):
     data = make(tmp_path / "out")
     role = {"source": "npz", "file": str(tmp_path / "out" / "data.npz"), "inputs": ["x"]}

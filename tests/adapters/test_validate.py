@@ -143,6 +143,21 @@ def test_the_command_prints_json_and_exits_with_the_verdict(files, tmp_path, run
     assert report["candidate"]["targets"][0]["fits_bytes"] is None
 
 
+@pytest.mark.parametrize(
+    ("arguments", "metric"), [((), "f1-macro"), (("--metric", "accuracy"), "accuracy")], ids=["recipe", "given"]
+)
+def test_the_metric_is_that_of_the_recipe_whose_budget_judges(files, tmp_path, run, arguments, metric):
+    before, _, _ = files
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("schema: 1\nmetric: f1-macro\nbudget: {accuracy_drop: 0.01}\n")
+    done = run(
+        before, before, "--data", tmp_path / "data.npz", "--budget", recipe, "--json", "--repeats", 4, *arguments
+    )
+    assert json.loads(done.stdout)["candidate"]["targets"][0]["accuracy"]["metric"] == metric
+    recipe.write_text("metric: [f1]\nbudget: {accuracy_drop: 0.01}\n")
+    assert "`metric` in" in str(run(before, before, "--budget", recipe).exception)
+
+
 def test_the_command_prints_a_table(files, tmp_path, run):
     before, _, _ = files
     done = run(before, before)
