@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from secateurs.errors import BudgetError, unknown_name
 from secateurs.intervals import paired_difference_interval
@@ -24,7 +25,7 @@ MIB = 1024 * 1024
 class Budget(BaseModel):
     """The ceilings of a run; a limit that is None is not checked. A device stands for limits, which `secateurs.devices.fill_in` puts in."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     device: str | None = Field(
         None, description="device whose profile sets the limits on memory and size that are not given"
@@ -51,6 +52,13 @@ class Budget(BaseModel):
     )
     macs_ratio: float | None = Field(None, gt=0, description="largest candidate / baseline MACs")
     parameters_ratio: float | None = Field(None, gt=0, description="largest candidate / baseline parameters")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name != "device":  # which Python counts as 0 or 1
+            raise PydanticCustomError("number", "Input should be a number, not true or false")
+        return value
 
 
 def parse_budget(data: Mapping[str, Any] | None) -> Budget:

@@ -155,8 +155,13 @@ def test_a_budget_is_read():
         ({"latency_ratio": 0}, "`budget.latency_ratio`"),
         ({"accuracy_confidence": 0.4}, "`budget.accuracy_confidence`"),
         ({"artifact_mib": "big"}, r"got 'big'"),
+        ({"latency_ratio": float("inf")}, r"`budget.latency_ratio`: .*finite.*\(got inf\)"),
+        ({"latency_ms": "1e400"}, r"`budget.latency_ms`: .*finite"),
+        ({"peak_memory_mib": float("nan")}, r"`budget.peak_memory_mib`: .*\(got nan\)"),
+        ({"macs_ratio": True}, r"`budget.macs_ratio`: .*not true or false \(got True\)"),
+        ({"accuracy_drop": False}, r"`budget.accuracy_drop`: .*\(got False\)"),
     ],
-    ids=["typo", "unknown", "too large", "zero", "confidence", "text"],
+    ids=["typo", "unknown", "too large", "zero", "confidence", "text", "inf", "1e400", "nan", "true", "false"],
 )
 def test_impossible_budgets_are_refused(data, message):
     with pytest.raises(BudgetError, match=message):
