@@ -65,7 +65,7 @@ def parse_budget(data: Mapping[str, Any] | None) -> Budget:
     """Read a budget, with the nearest known name for an unknown limit.
 
     Raises:
-        BudgetError: an unknown limit, or a value outside what it allows.
+        BudgetError: an unknown limit, a value outside what it allows, or one that says more of a limit that is not given.
     """
     data = dict(data or {})
     for key in data:
@@ -74,6 +74,11 @@ def parse_budget(data: Mapping[str, Any] | None) -> Budget:
     if data.get("memory_share") is not None and data.get("device") is None:
         raise BudgetError(
             "`budget.memory_share` is a share of a device's RAM; give `device` too, or `peak_memory_mib`."
+        )
+    if data.get("accuracy_confidence") is not None and data.get("accuracy_drop") is None:
+        raise BudgetError(
+            "`budget.accuracy_confidence` says how surely `accuracy_drop` is kept, and limits nothing by itself; give `accuracy_drop` too, or "
+            "leave it out."
         )
     try:
         return Budget(**data)

@@ -153,7 +153,11 @@ def test_a_budget_is_read():
         ({"latency": 1}, "unknown budget 'latency'"),
         ({"accuracy_drop": 2}, r"`budget.accuracy_drop`: .* \(got 2\); it is the largest drop of the metric"),
         ({"latency_ratio": 0}, "`budget.latency_ratio`"),
-        ({"accuracy_confidence": 0.4}, "`budget.accuracy_confidence`"),
+        ({"accuracy_drop": 0.1, "accuracy_confidence": 0.4}, r"`budget.accuracy_confidence`: .*\(got 0.4\)"),
+        (
+            {"accuracy_confidence": 0.95, "accuracy_drop": None},
+            "`budget.accuracy_confidence` .*; give `accuracy_drop` too",
+        ),
         ({"artifact_mib": "big"}, r"got 'big'"),
         ({"latency_ratio": float("inf")}, r"`budget.latency_ratio`: .*finite.*\(got inf\)"),
         ({"latency_ms": "1e400"}, r"`budget.latency_ms`: .*finite"),
@@ -161,7 +165,20 @@ def test_a_budget_is_read():
         ({"macs_ratio": True}, r"`budget.macs_ratio`: .*not true or false \(got True\)"),
         ({"accuracy_drop": False}, r"`budget.accuracy_drop`: .*\(got False\)"),
     ],
-    ids=["typo", "unknown", "too large", "zero", "confidence", "text", "inf", "1e400", "nan", "true", "false"],
+    ids=[
+        "typo",
+        "unknown",
+        "too large",
+        "zero",
+        "confidence",
+        "confidence alone",
+        "text",
+        "inf",
+        "1e400",
+        "nan",
+        "true",
+        "false",
+    ],
 )
 def test_impossible_budgets_are_refused(data, message):
     with pytest.raises(BudgetError, match=message):
