@@ -48,7 +48,8 @@ def print_report(console: Console, report: Report, output: Path) -> None:
         )
     _print_reasons(console, report)
     seconds = "" if report.seconds is None else f" in {report.seconds:.1f} s"
-    console.print(f"{_verdict(report)}{seconds}; everything is in {escape(str(output))}", soft_wrap=True)
+    unlimited = _unlimited(report, "`budget` in the recipe sets some")
+    console.print(f"{_verdict(report)}{unlimited}{seconds}; everything is in {escape(str(output))}", soft_wrap=True)
 
 
 def print_verdict(console: Console, report: Report) -> None:
@@ -57,12 +58,7 @@ def print_verdict(console: Console, report: Report) -> None:
     _print_reasons(console, report)
     for note in report.notes:
         console.print(escape(f"note: {note}"), soft_wrap=True)
-    unlimited = (
-        " (no limits were given: `--budget` names a file with some)"
-        if not report.budget and report.verdict == "pass"
-        else ""
-    )
-    console.print(_verdict(report) + unlimited, soft_wrap=True)
+    console.print(_verdict(report) + _unlimited(report, "`--budget` names a file with some"), soft_wrap=True)
 
 
 def trial_table(trials: Sequence[Trial]) -> Table:
@@ -90,6 +86,11 @@ def _print_reasons(console: Console, report: Report) -> None:
 
 def _verdict(report: Report) -> str:
     return f"verdict: [bold {_COLOURS[report.verdict]}]{report.verdict}[/]"
+
+
+def _unlimited(report: Report, remedy: str) -> str:
+    """Return what has to be said of a verdict that passes because nothing was asked."""
+    return f" (no limits were given: {remedy})" if not report.budget and report.verdict == "pass" else ""
 
 
 def _variants(variants: Sequence[Variant]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import os
 import pty
@@ -14,6 +15,11 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from secateurs.printed import print_report
+from secateurs.proof import environment as measured_with
+from secateurs.report import BudgetRow, Report
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "secateurs"]
@@ -228,3 +234,28 @@ def test_completion_names_the_commands_that_begin_so():
 def test_the_version_is_that_of_the_package(secateurs):
     done = secateurs("--version")
     assert (done.code, done.out) == (0, f"secateurs {importlib.metadata.version('secateurs')}\n")
+
+
+@pytest.mark.parametrize(
+    ("limits", "status", "said"),
+    [
+        (
+            [],
+            "pass",
+            "verdict: pass (no limits were given: `budget` in the recipe sets some) in 1.0 s; everything is in out",
+        ),
+        ([], "fail", "verdict: fail in 1.0 s; everything is in out"),
+        (
+            [BudgetRow(name="macs_ratio", limit=1, measured=0.5, status="pass")],
+            "pass",
+            "verdict: pass in 1.0 s; everything is in out",
+        ),
+    ],
+    ids=["no limits", "failed for another reason", "limits"],
+)
+def test_a_run_without_limits_says_that_its_verdict_means_little(limits, status, said):
+    console = Console(file=io.StringIO(), width=160)
+    print_report(
+        console, Report(verdict=status, environment=measured_with(0, 1), budget=limits, seconds=1.0), Path("out")
+    )
+    assert said in console.file.getvalue()
