@@ -55,8 +55,9 @@ def bundle(
     if seeded and data is not None:
         raise RecipeError("`--seeded` and `--data` exclude each other; give one.")
     examples, metric = (None, "") if seeded else _bundled_data(run, data)
-    if examples is not None and len(examples) > samples:
-        examples = examples.sampled(samples, 0)
+    if examples is not None:
+        examples = _distinct(examples)
+        examples = examples.sampled(min(samples, len(examples)), 0)
     try:
         manifest = write_bundle(
             *_bundled_files(run, edge=edge),
@@ -113,6 +114,16 @@ def _bundled_data(run: Path, data: Path | None) -> tuple[Dataset | None, str]:
         raise type(error)(
             f"{error} To bundle without the run's evaluation data, give `--data SPEC` or `--seeded`."
         ) from None
+
+
+def _distinct(examples: Dataset) -> Dataset:
+    """Return each example once: a device counts all that it gets as independent."""
+    first, _ = examples.repeats
+    if len(first) == len(examples):
+        return examples
+    note = f"note: only {len(first)} of {len(examples)} examples are distinct; each travels once, so that none counts twice in a verdict."
+    typer.echo(printable(note), err=True)
+    return examples.take(first)
 
 
 def _metric_of(run: Path) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from secateurs.interfaces import Measurement, ProgressEvent, WidthMultiple, ratio
+from secateurs.intervals import binomial_interval, paired_difference_interval
 from secateurs.proof import prove
-from secateurs.report import TargetFigures, TargetRatios
+from secateurs.report import Accuracy, Estimate, Pairs, TargetFigures, TargetRatios
 from secateurs_adapters.accuracy import SEEDED_EXAMPLES, Comparison, agreement, compare_accuracy
 from secateurs_adapters.artifact import read_artifact
 from secateurs_adapters.latency import LatencyFigures, measure_latency
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from secateurs.budget import Budget
     from secateurs.data import Dataset
     from secateurs.interfaces import Artifact, Metric
-    from secateurs.report import Estimate, Report
+    from secateurs.report import Report
     from secateurs.settings import TargetSettings
 
 __all__ = ["OnnxRuntimeTarget", "onnxruntime_target", "validate_files"]
@@ -90,6 +91,8 @@ class OnnxRuntimeTarget:
 
         tell(0, "accuracy")
         comparison, agreed = _compare(baseline, candidate, settings, evaluation, metric, self.examples)
+        if comparison is not None and evaluation is not None:
+            comparison = _discounted(comparison, evaluation.effective_share)
         latency = measure_latency(
             baseline.path,
             candidate.path,
@@ -117,7 +120,7 @@ class OnnxRuntimeTarget:
         )
         found = [violation(side, one, settings) for side, one in zip(("baseline", "candidate"), placed, strict=True)]
         violations = tuple(reason for reason in found if reason is not None)
-        return Measurement(first, second, ratios, violations, _notes(settings, views))
+        return Measurement(first, second, ratios, violations, (*_repeated(evaluation), *_notes(settings, views)))
 
 
 onnxruntime_target = OnnxRuntimeTarget()
@@ -240,6 +243,43 @@ def _compare(
         seed=SEED,
     )
     return None, agreed
+
+
+def _discounted(comparison: Comparison, share: float) -> Comparison:
+    """Return a comparison whose intervals, and the pairs behind them, rest on a share of the examples; the figures stay.
+
+    Args:
+        comparison: of all examples.
+        share: `Dataset.effective_share`, in (0, 1].
+    """
+    pairs, drop = comparison.pairs, comparison.drop
+    if share == 1 or pairs is None or drop is None:
+        return comparison
+    lost, gained, n = (round(count * share) for count in (pairs.lost, pairs.gained, pairs.n))
+    n = max(n, lost + gained, 1)
+    interval = paired_difference_interval(lost, gained, n)
+    return Comparison(
+        _rated(comparison.baseline, n),
+        _rated(comparison.candidate, n),
+        Estimate(value=drop.value, ci95=interval),
+        Pairs(lost=lost, gained=gained, n=n),
+    )
+
+
+def _rated(accuracy: Accuracy, n: int) -> Accuracy:
+    """Return an accuracy with the interval that it has on `n` examples."""
+    hits = round((accuracy.value or 0.0) * n)
+    return accuracy.model_copy(update={"ci95": binomial_interval(hits, n)})
+
+
+def _repeated(evaluation: Dataset | None) -> tuple[str, ...]:
+    """Say how many examples are distinct, where some repeat others."""
+    if evaluation is None or len(evaluation.repeats[0]) == len(evaluation):
+        return ()
+    return (
+        f"only {len(evaluation.repeats[0])} of {len(evaluation)} evaluation examples are distinct: intervals, and `accuracy_confidence`, count "
+        f"them as {len(evaluation) * evaluation.effective_share:.0f} independent ones; more distinct examples narrow them",
+    )
 
 
 def _notes(settings: TargetSettings, views: Sequence[Views]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -178,6 +179,30 @@ class Dataset:
             for digest, row in zip(digests, array, strict=True):
                 digest.update(row.tobytes())
         return [digest.digest() for digest in digests]
+
+    @cached_property
+    def repeats(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Where each distinct example stands first, in order, and how often it is there; labels do not count."""
+        prints = np.array(self.fingerprints(), "S16")
+        _, first, counts = np.unique(prints, return_index=True, return_counts=True)
+        order = np.argsort(first)
+        return first[order], counts[order]
+
+    @property
+    def effective_share(self) -> float:
+        r"""Examples that tell as much as these when repeated ones do not count as independent, as a share of them; 1 where none repeats.
+
+        With multiplicities $m_i$ of the distinct examples, the mean over all $n = \sum_i m_i$ has the variance of one over
+        $n^2 / \sum_i m_i^2$ independent examples.
+
+        References:
+            L. Kish, Survey Sampling, Wiley, 1965.
+
+        >>> Dataset({"x": np.array([[0.0], [1.0], [0.0], [1.0]])}).effective_share
+        0.5
+        """
+        counts = self.repeats[1]
+        return float(len(self) / np.square(counts).sum())
 
 
 def _lengths(tokens: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:

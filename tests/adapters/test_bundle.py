@@ -281,6 +281,16 @@ def test_labels_travel_only_for_the_metric_that_a_device_knows(tmp_path, run, me
     assert ("the run's metric is 'f1-macro'" in done.stderr) == (labels is None)
 
 
+def test_an_example_travels_once(tmp_path, run):
+    data = make(tmp_path / "out").take([3, 1, 3, 3, 1, 0])
+    np.savez(tmp_path / "twice.npz", **data.inputs, labels=data.labels)
+    done = run("bundle", tmp_path / "out", "--output", tmp_path / "kit", "--data", tmp_path / "twice.npz")
+    assert "only 3 of 6 examples are distinct" in done.stderr
+    assert np.load(tmp_path / "kit" / "labels.npy").tolist() == data.labels[[0, 1, 5]].tolist()
+    with np.load(tmp_path / "kit" / "inputs.npz") as archive:
+        assert np.array_equal(archive["i0"][:, 0], data.inputs["x"][[0, 1, 5]])
+
+
 def test_right_answers_of_a_device_are_no_other_metric(kit, tmp_path, run):
     folder = copy(kit, tmp_path / "kit")
     recipe = tmp_path / "recipe.yaml"

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from secateurs.budget import parse_budget
 from secateurs.data import Dataset
 from secateurs.errors import BudgetError, DataError, ProviderError, RecipeError, UserError
+from secateurs.intervals import binomial_interval, paired_difference_interval
 from secateurs.report import Report
 from secateurs.settings import TargetSettings
 from secateurs_adapters.artifact import read_artifact
@@ -74,6 +75,22 @@ def test_a_report_holds_every_figure_and_the_budget_decides(files):
     assert report.verdict == "fail"
     assert report.reasons == []
     assert (events[0].done, events[-1].done, events[-1].total) == (0, 4, 4)
+
+
+def test_repeated_examples_are_not_independent_ones(files):
+    before, _, data = files
+    limits = parse_budget({"accuracy_drop": 0.1, "accuracy_confidence": 0.95})
+    few = data.take(np.arange(60) % 5)
+    given = {"targets": [QUICK], "budget": limits, "metric": accuracy}
+    whole, repeated = (validate_files(before, before, evaluation=one, **given) for one in (data, few))
+    assert (whole.verdict, whole.ratios.targets[0].accuracy_pairs.n) == ("pass", 60)
+    assert not any("distinct" in note for note in whole.notes)
+    assert repeated.verdict == "undecided"
+    assert any("only 5 of 60 evaluation examples are distinct" in note for note in repeated.notes)
+    figures = repeated.candidate.targets[0].accuracy
+    assert (figures.value, figures.n) == (1.0, 60), "the metric is still that of all examples"
+    assert figures.ci95 == binomial_interval(5, 5)
+    assert repeated.ratios.targets[0].accuracy_drop.ci95 == paired_difference_interval(0, 0, 5)
 
 
 def test_a_provider_that_fell_back_fails_the_verdict(files):

@@ -59,6 +59,21 @@ def test_fingerprints_follow_the_content_of_all_inputs():
     assert same == [True, False, True]
 
 
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
+def test_repeated_examples_count_for_less(values):
+    data = Dataset({"x": np.array(values, np.float32)[:, None], "y": np.ones((len(values), 2))}, np.arange(len(values)))
+    first, counts = data.repeats
+    distinct = list(dict.fromkeys(values))
+    assert [values[index] for index in first] == distinct
+    assert first.tolist() == [values.index(value) for value in distinct]
+    assert counts.tolist() == [values.count(value) for value in distinct]
+    weights = [
+        values.count(value) / len(values) for value in distinct
+    ]  # the mean's variance, of independent unit variances
+    assert 1 / (data.effective_share * len(values)) == pytest.approx(sum(weight**2 for weight in weights))
+    assert (data.effective_share == 1) == (len(distinct) == len(values))
+
+
 BAD = {
     "no inputs": ({}, None, "no input arrays"),
     "uneven": ({"a": np.zeros((3, 1)), "b": np.zeros((2, 1))}, None, "different lengths"),
