@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,11 +10,27 @@ from typing import Any
 from secateurs.errors import RecipeError, unknown_name
 from secateurs.plain_yaml import MAX_DEPTH, read_yaml
 
-__all__ = ["MAX_CHARACTERS", "Substitution", "override"]
+__all__ = ["MAX_CHARACTERS", "Substitution", "override", "plain_data"]
 
 MAX_CHARACTERS = 256 * 1024
 """Characters that a recipe may have once its variables are put in; a key or value that is no text counts as 8."""
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+def plain_data(data: Any, what: str) -> Any:
+    """Return a copy in which every key is text, as JSON has it, and so is what JSON does not know, such as a date.
+
+    Args:
+        data: what YAML holds; nodes may be shared.
+        what: it is called in messages.
+
+    Raises:
+        RecipeError: it holds itself, or has a key that has no text.
+    """
+    try:
+        return json.loads(json.dumps(data, default=str))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{what} is not plain data: {error}. Keys are text, and nothing may hold itself.") from None
 
 
 def override(data: dict[str, Any], variables: dict[str, Any], text: str, known: Sequence[str]) -> None:
@@ -31,7 +48,8 @@ def override(data: dict[str, Any], variables: dict[str, Any], text: str, known: 
     key, sign, given = text.partition("=")
     if not sign or not key:
         raise RecipeError(f"`--set` takes key=value, got {text!r}.")
-    value = read_yaml(given, f"the value of `--set {key}`")
+    what = f"the value of `--set {key}`"
+    value = plain_data(read_yaml(given, what), what)
     if key in variables:
         variables[key] = value
         return
@@ -105,7 +123,7 @@ class Substitution:
         return [self._copy(item, where, level + 1) for item in value] if isinstance(value, list) else value
 
     def _count(self, value: Any, where: str, level: int) -> None:
-        keys = sum(map(len, value)) if isinstance(value, dict) else 0
+        keys = sum(len(key) if isinstance(key, str) else 8 for key in value) if isinstance(value, dict) else 0
         self._left -= len(value) if isinstance(value, str) else 8 + keys
         if self._left < 0 or level > MAX_DEPTH:
             raise RecipeError(

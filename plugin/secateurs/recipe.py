@@ -18,7 +18,7 @@ from secateurs.budget import Budget, parse_budget
 from secateurs.data import ROLES
 from secateurs.digests import file_digest, module_files
 from secateurs.errors import RecipeError, UserError, shown, unknown_name
-from secateurs.overrides import Substitution, override
+from secateurs.overrides import Substitution, override, plain_data
 from secateurs.plain_yaml import load_yaml, read_yaml, to_yaml
 from secateurs.settings import (
     EdgeSettings,
@@ -199,12 +199,7 @@ def parse_recipe(data: Any, *, folder: Path, overrides: Sequence[str] = ()) -> R
     """
     if not isinstance(data, Mapping):
         raise RecipeError(f"a recipe is a mapping with the keys {', '.join(_KEYS)}; got {type(data).__name__}.")
-    try:
-        data = json.loads(json.dumps(data, default=str))  # plain data, detached from YAML's shared nodes
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RecipeError(
-            f"the recipe is not plain data: {error}. Keys are text, and nothing may hold itself."
-        ) from None
+    data = plain_data(data, "the recipe")
     variables = dict(_mapping(data.get("variables") or {}, "variables"))
     for text in overrides:
         override(data, variables, text, _KEYS)

@@ -172,6 +172,22 @@ def test_set(write, override, path, expected):
     assert at(load_recipe(write(), [override]), path) == expected
 
 
+@pytest.mark.parametrize("key", ["model.arguments", "depth"])
+def test_keys_that_are_numbers_become_text_as_in_a_file(write, key):
+    given = "{7: 2, true: {0: x}, null: 2024-01-01}"
+    in_file = load_recipe(write(FULL.replace('{depth: "${depth}", label: "resnet-${depth}"}', given)))
+    by_option = load_recipe(
+        write(FULL.replace('{depth: "${depth}", label: "resnet-${depth}"}', '"${depth}"')), [f"{key}={given}"]
+    )
+    assert by_option.model.arguments == {"7": 2, "true": {"0": "x"}, "null": "2024-01-01"}
+    assert by_option.model.arguments == in_file.model.arguments
+
+
+def test_a_value_with_a_key_that_has_no_text_is_refused():
+    with pytest.raises(RecipeError, match=r"`--set model.arguments` is not plain data.*Keys are text"):
+        parse(minimal(), "model.arguments={2024-01-01: 1}")
+
+
 def test_later_overrides_win_and_earlier_ones_stay(write):
     recipe = load_recipe(write(), ["seed=1", "depth=8", "recovery.epochs=7", "seed=2"])
     assert (recipe.seed, recipe.model.arguments["depth"], recipe.recovery.epochs) == (2, 8, 7)
