@@ -57,7 +57,10 @@ def validate(
     ] = None,
     batch_size: Annotated[
         list[int] | None,
-        typer.Option(help="Examples per run; may be repeated. Without it, what the files fix, else 1."),
+        typer.Option(
+            help="Examples per run; may be repeated. Without it, what the files fix, else 1. Accuracy is taken in larger batches where that "
+            "changes nothing."
+        ),
     ] = None,
     sequence_length: Annotated[
         list[int] | None,

@@ -184,6 +184,11 @@ def validate_files(
         report.notes.append(
             "no data was given: the agreement is on seeded random inputs, and says nothing of accuracy on real ones"
         )
+    elif evaluation.labels is None:
+        report.notes.append(
+            f"the data has no labels, so that agreement takes the place of {metric.name}: its arrays are {sorted(evaluation.inputs)}, and an "
+            ".npz has labels in the array `labels`"
+        )
     report.seconds = time.perf_counter() - start
     return report
 

@@ -207,6 +207,15 @@ def test_wrong_arguments_are_the_users_errors(files, tmp_path, run, option, cont
     assert message in str(done.exception)
 
 
+def test_data_without_labels_says_how_they_are_called(files, run):
+    before, _, data = files
+    np.savez(before.with_name("unnamed.npz"), x=data.inputs["x"], label=data.labels)
+    done = run(before, before, "--data", before.with_name("unnamed.npz"), "--json", "--repeats", 4)
+    notes = " ".join(json.loads(done.stdout)["notes"])
+    assert "no labels, so that agreement takes the place of accuracy: its arrays are ['label', 'x']" in notes
+    assert "in the array `labels`" in notes
+
+
 def test_other_wrong_arguments(files, tmp_path, run):
     before, _, _ = files
     assert "Did you mean 'accuracy'" in str(run(before, before, "--metric", "acuracy").exception)
