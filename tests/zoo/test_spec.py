@@ -89,6 +89,9 @@ def test_overrides_of_the_command_line_come_last():
         pytest.param(
             {"entries": [{"recipe": RECIPE, "timeout": 0}]}, ["entries.0.timeout", "greater than 0"], id="timeout"
         ),
+        pytest.param(
+            {"entries": [{"recipe": RECIPE, "timeout": float("inf")}]}, ["entries.0.timeout", "finite"], id="no end"
+        ),
         pytest.param({"entries": [{"recipe": RECIPE}, {"recipe": RECIPE}]}, ["'quickstart' is taken"], id="same name"),
         pytest.param({"entries": [{"recipe": RECIPE, "name": "../up"}]}, ["'../up'", "letters"], id="name as a path"),
         pytest.param(

@@ -53,7 +53,7 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    timeout: float = Field(3600.0, gt=0)
+    timeout: float = Field(3600.0, gt=0, allow_inf_nan=False)
     memory_mib: int | None = Field(None, ge=1)
     retries: int = Field(1, ge=0, le=10)
 
@@ -82,7 +82,7 @@ class _Part(BaseModel):
 
     recipe: str | None = None
     set: dict[str, Any] = Field(default_factory=dict)
-    timeout: float | None = Field(None, gt=0)
+    timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
     memory_mib: int | None = Field(None, ge=1)
     retries: int | None = Field(None, ge=0, le=10)
 
