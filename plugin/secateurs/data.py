@@ -8,7 +8,8 @@ duplicates (by content hash) leave the side that is not evaluation.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from secateurs.errors import DataError
 
-__all__ = ["IGNORED", "ROLES", "Dataset", "Roles", "resolve_roles", "stratified_split"]
+__all__ = ["IGNORED", "ROLES", "Dataset", "Roles", "order_notes", "resolve_roles", "stratified_split"]
 
 ROLES = ("calibration", "training", "validation", "evaluation")
 IGNORED = -100
@@ -219,6 +220,25 @@ class Roles:
     validation: Dataset | None = None
     evaluation: Dataset | None = None
     notes: tuple[str, ...] = field(default=())
+
+
+def order_notes(forward: Callable[..., object], data: Dataset) -> list[str]:
+    """Say where inputs are given by position, though by their names they belong to other parameters.
+
+    Args:
+        forward: of the network.
+        data: its inputs, in order.
+
+    >>> order_notes(lambda a, b: a, Dataset({"a": np.zeros(1), "b": np.ones(1)}))
+    []
+    """
+    taken, given = list(inspect.signature(forward).parameters), list(data.inputs)
+    if data.keyword or not set(given) <= set(taken) or taken[: len(given)] == given:
+        return []
+    return [
+        f"the inputs {given} are given by position, in this order, to `forward({', '.join(taken)})`, whose parameters have the same names in "
+        "another; list `inputs` in the order of the parameters if the names are meant"
+    ]
 
 
 def stratified_split(labels: Array | None, sizes: list[int], total: int, seed: int) -> list[npt.NDArray[np.int64]]:

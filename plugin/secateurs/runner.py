@@ -18,7 +18,7 @@ from torch import nn
 
 from secateurs import checkpoint, cost, processes
 from secateurs.card import model_card
-from secateurs.data import Dataset, resolve_roles
+from secateurs.data import Dataset, order_notes, resolve_roles
 from secateurs.devices import fill_in
 from secateurs.entry import copied, outputs_on, plain_network
 from secateurs.errors import ModelError, RecipeError, unknown_name
@@ -234,6 +234,7 @@ def run(prepared: Prepared, output: Path, *, resume: bool = False, overwrite: bo
     assert report is not None
     report.notes += [
         *session.roles.notes,
+        *order_notes(session.baseline.forward, session.roles.calibration),
         *training_notes(model, session.baseline, outcome.plan, session.roles.calibration),
     ]
     report.passes = list(outcome.records)

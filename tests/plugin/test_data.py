@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateurs.data import ROLES, Dataset, resolve_roles, stratified_split
+from secateurs.data import ROLES, Dataset, order_notes, resolve_roles, stratified_split
 from secateurs.errors import DataError
 
 
@@ -72,6 +72,23 @@ def test_repeated_examples_count_for_less(values):
     ]  # the mean's variance, of independent unit variances
     assert 1 / (data.effective_share * len(values)) == pytest.approx(sum(weight**2 for weight in weights))
     assert (data.effective_share == 1) == (len(distinct) == len(values))
+
+
+@pytest.mark.parametrize(
+    ("names", "keyword", "noted"),
+    [
+        (("b", "a"), False, True),
+        (("a", "c"), False, True),
+        (("b", "a"), True, False),
+        (("a", "b"), False, False),
+        (("a",), False, False),
+        (("y", "x"), False, False),
+    ],
+)
+def test_inputs_named_after_other_parameters_are_noted(names, keyword, noted):
+    data = Dataset({name: np.zeros((2, 1)) for name in names}, keyword=keyword)
+    notes = order_notes(lambda a, b=None, c=None: (a, b, c), data)
+    assert [str(list(names)) in note and "`forward(a, b, c)`" in note for note in notes] == [True] * noted
 
 
 BAD = {
