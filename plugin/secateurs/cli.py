@@ -31,6 +31,7 @@ from secateurs.terminal import escape
 
 if TYPE_CHECKING:
     from secateurs.registry import Entry
+    from secateurs.report import Report
     from secateurs.runner import Pruned
 
 __all__ = ["build_app", "main"]
@@ -187,7 +188,26 @@ def _run(
         sys.stdout.write(report.to_json())
     elif not as_json:
         print_report(_out, report, output)
+    if resume and processes.is_main():
+        _tell_other_environment(report)
     return 0 if report.verdict == "pass" else 1
+
+
+def _tell_other_environment(report: Report) -> None:
+    """Say what has changed since the figures of a report were made; of a report that was made just now there is nothing to say."""
+    from secateurs import proof
+
+    made = report.environment
+    now = proof.environment(made.seed, made.threads)
+    before, here = ({**one.versions, "processor": one.cpu} for one in (made, now))
+    changed = [
+        f"{name} {before.get(name, 'not known')} (here {here.get(name, 'missing')})"
+        for name in sorted({*before, *here} - {"system"})
+        if before.get(name) != here.get(name)
+    ]
+    if changed:
+        told = f"note: these are the figures of a finished run, made with {', '.join(changed)}; `--overwrite` makes them anew."
+        _err.print(f"[yellow]{escape(told)}[/]", soft_wrap=True)
 
 
 _PREDICTED = (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ import yaml
 
 import secateurs
 from secateurs.plan import DropBlock, Plan, RemoveUnits
-from secateurs.report import report_schema
+from secateurs.report import Report, report_schema
 from secateurs.run_folder import OUTPUTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,6 +126,33 @@ def test_a_finished_run_is_read_back_by_resume(quickstart, secateurs):
     assert again.code == 0, again.err
     assert json.loads(again.out)["verdict"] == "pass"
     assert (quickstart[0] / "report.json").stat().st_mtime_ns == before
+
+
+def test_a_run_that_is_read_back_says_what_it_was_made_with(quickstart, secateurs, tmp_path):
+    """Versions do not forbid to read it back; one that was made here has nothing to say."""
+    command = ("run", "examples/quickstart.yaml", "--resume", "--output")
+    assert "note:" not in secateurs(*command, quickstart[0]).err
+    out = tmp_path / "out"
+    shutil.copytree(quickstart[0], out)
+    report = Report.load(out / "report.json")
+    here = report.environment.versions["torch"]
+    del report.environment.versions["onnx"]
+    report.environment.versions["torch"] = "1.0.0"
+    (out / "report.json").write_text(report.to_json())
+    again = secateurs(*command, out)
+    assert again.code == quickstart[1]
+    onnx = importlib.metadata.version("onnx")
+    assert f"made with onnx not known (here {onnx}), torch 1.0.0 (here {here}); `--overwrite`" in again.err
+
+
+def test_a_run_without_its_network_is_not_read_back(quickstart, secateurs, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(quickstart[0], out)
+    (out / "model.onnx").unlink()
+    refused = secateurs("run", "examples/quickstart.yaml", "--output", out, "--resume")
+    assert refused.code == 2
+    assert "its file 'model.onnx' is missing" in refused.err
+    assert "verdict" not in refused.out
 
 
 def test_resume_refuses_another_recipe(quickstart, secateurs):
