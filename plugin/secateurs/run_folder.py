@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from secateurs import checkpoint, processes
 from secateurs.digests import file_digest
@@ -160,18 +161,28 @@ def _digest_of_finished(output: Path) -> str | None:
     return Report.load(output / "report.json").digest or load_recipe(output / "recipe.yaml").digest(without=output)
 
 
+def _below(name: str) -> str:
+    path = PureWindowsPath(name)  # which knows the separators of all systems
+    if not name.isprintable() or len(name) > 255 or path.anchor or ".." in path.parts or ":" in name:
+        raise ValueError("it must name a file below this folder")
+    return name
+
+
+_Below = Annotated[str, AfterValidator(_below)]
+
+
 class _Hashed(BaseModel):
     sha256: str
 
 
 class _Made(BaseModel):
-    beside: dict[str, _Hashed] = Field(default_factory=dict)
+    beside: dict[_Below, _Hashed] = Field(default_factory=dict)
 
 
 class _Sidecar(BaseModel):
     """What is read here of the file that stands beside an ONNX file: hashes by name."""
 
-    sha256: dict[str, str]
+    sha256: dict[_Below, str]
     made: _Made | None = None
 
     def hashes(self) -> dict[str, str]:

@@ -231,6 +231,18 @@ def test_the_verdict_of_a_finished_run_is_not_repeated_without_its_files(tmp_pat
             open_folder(tmp_path, "a" * 64, resume=True, overwrite=False)
 
 
+@pytest.mark.parametrize(
+    "name", ["../other", "/etc/passwd", "C:\\other", "a\0b", "a" * 300], ids=["up", "root", "drive", "null", "long"]
+)
+def test_a_finished_run_names_no_file_elsewhere(tmp_path, name):
+    """What lies in an output folder may come from strangers."""
+    _write_finished(tmp_path, Report(verdict="pass", environment=environment(0, 1), digest="a" * 64))
+    for body in ({"sha256": {name: "0"}}, {"sha256": {}, "made": {"beside": {name: {"sha256": "0"}}}}):
+        (tmp_path / "model.onnx.json").write_text(json.dumps(body))
+        with pytest.raises(UserError, match="must name a file below this folder"):
+            open_folder(tmp_path, "a" * 64, resume=True, overwrite=False)
+
+
 def _write_finished(folder: Path, made: Report) -> None:
     """Write what a finished run leaves, as far as a resumed one looks at it."""
     (folder / "report.json").write_text(made.to_json())
