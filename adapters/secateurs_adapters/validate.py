@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxRuntimeTarget", "onnxruntime_target", "validate_files"]
 
+FEW_REPEATS = 0.95
+"""Repeated evaluation examples that cost less than a twentieth of what all of them tell are let pass."""
+
 Progress = Callable[[ProgressEvent], None]
 
 SEED = 0
@@ -258,7 +261,7 @@ def _discounted(comparison: Comparison, share: float) -> Comparison:
         share: `Dataset.effective_share`, in (0, 1].
     """
     pairs, drop = comparison.pairs, comparison.drop
-    if share == 1 or pairs is None or drop is None:
+    if share >= FEW_REPEATS or pairs is None or drop is None:
         return comparison
     lost, gained, n = (round(count * share) for count in (pairs.lost, pairs.gained, pairs.n))
     n = max(n, lost + gained, 1)
@@ -278,8 +281,8 @@ def _rated(accuracy: Accuracy, n: int) -> Accuracy:
 
 
 def _repeated(evaluation: Dataset | None) -> tuple[str, ...]:
-    """Say how many examples are distinct, where some repeat others."""
-    if evaluation is None or len(evaluation.repeats[0]) == len(evaluation):
+    """Say how many examples are distinct, where many repeat others."""
+    if evaluation is None or evaluation.effective_share >= FEW_REPEATS:
         return ()
     return (
         f"only {len(evaluation.repeats[0])} of {len(evaluation)} evaluation examples are distinct: intervals, and `accuracy_confidence`, count "

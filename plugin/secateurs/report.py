@@ -280,7 +280,7 @@ class Side(_Form):
 
 
 class Pairs(_Form):
-    """Examples on which baseline and candidate differ: what an exact paired test needs.
+    """Examples on which baseline and candidate differ: what an exact paired test needs; scaled down where many examples are repeated.
 
     Attributes:
         lost: only the baseline is right.
