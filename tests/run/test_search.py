@@ -49,7 +49,9 @@ def test_the_example_passes_with_the_cheapest_accepted_trial(found):
     assert report["ratios"]["macs"] == pytest.approx(chosen["macs_ratio"])
     assert report["ratios"]["params"] == pytest.approx(chosen["params_ratio"])
     assert chosen["macs_ratio"] < 0.25
-    assert 0 < chosen["latency_ratio"] < 0.8, "predicted, beside what the files take"
+    measured = report["ratios"]["targets"][0]["latency_p50"]["value"]
+    # Kernels are timed one by one, which a noisy machine spreads widely.
+    assert 0.5 < chosen["latency_ratio"] / measured < 2, "predicted, beside what the files take"
     assert len({trial["latency_ratio"] for trial in trials}) > len(trials) // 2
     assert report["budget"][0]["name"] == "accuracy_drop"
 
