@@ -140,8 +140,8 @@ class MeanIoU(_Whole):
     """Mean over classes of intersection over union of predicted and true pixels, over all images together (mIoU).
 
     A class in neither labels nor predictions does not count, and neither do pixels labelled -100; pixels with a NaN among their
-    scores are wrong. Scores of a lower
-    resolution than the labels are interpolated bilinearly first, as the authors of SegFormer evaluate theirs.
+    scores are wrong. Scores of a lower resolution than the labels are interpolated bilinearly first, as the authors of
+    SegFormer evaluate theirs.
     """
 
     name = "mean-iou"

@@ -311,33 +311,32 @@ def keep_certified(original: nn.Module, plan: Plan, data: Dataset) -> Certified:
             continue
         kept.append(step)
         current = applied(current, step)
-    count, together = _together(original, kept, data)
-    late = [
-        Skipped(
-            where=_where(step),
-            reason="not certified: together with the edits before it, the network differs from the masked original",
-        )
-        for step in kept[count:]
-    ]
+    count, together, why = _together(original, kept, data)
+    reason = f"not certified: together with the edits before it, {why}; a second pass may remove it"
+    late = [Skipped(where=_where(step), reason=reason) for step in kept[count:]]
     return Certified(Plan.join(kept[:count]), together, (*vetoed, *late))
 
 
-def _together(original: nn.Module, steps: Sequence[Plan], data: Dataset) -> tuple[int, Certificate | None]:
-    """Return how many edits hold together, from the first on, and their certificate: all of them as a rule, found by bisection else."""
-    holds, fails = 0, len(steps) + 1
+def _together(original: nn.Module, steps: Sequence[Plan], data: Dataset) -> tuple[int, Certificate | None, str]:
+    """Return how many edits hold together, from the first on, their certificate, and why no more of them do.
+
+    As a rule all do; else the number is found by bisection.
+    """
+    holds, fails, why = 0, len(steps) + 1, ""
     found: Certificate | None = None
     tried = len(steps)
     while tried > holds:
         try:
             certificate = certify(original, Plan.join(steps[:tried]), data)
-        except CertificateError:
-            certificate = None
-        if certificate is not None and certificate.holds:
-            holds, found = tried, certificate
+            failure = "" if certificate.holds else f"the network {_excess(certificate)}"
+        except CertificateError as error:
+            failure = str(error)
+        if failure:
+            fails, why = tried, failure
         else:
-            fails = tried
+            holds, found = tried, certificate
         tried = (holds + fails) // 2
-    return holds, found
+    return holds, found, why
 
 
 def _where(step: Plan) -> str:

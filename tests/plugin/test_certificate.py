@@ -476,8 +476,9 @@ def test_the_longest_part_of_a_plan_that_holds_is_found(monkeypatch):
             return Certificate(max_abs=0.0, scale=1.0, worst=worst)
 
         monkeypatch.setattr(secateurs.certificate, "certify", judge)
-        count, certificate = secateurs.certificate._together(model, steps, data)
+        count, certificate, why = secateurs.certificate._together(model, steps, data)
         assert count == holding
+        assert ("2 times what is allowed" in why) == (holding < 6)
         assert (certificate is not None) == (holding > 0)
 
 
