@@ -185,7 +185,7 @@ def _load_model(recipe: Recipe, manager: Manager, data: Dataset) -> nn.Module:
     returned = outputs_on(model, data)
     outputs = output_tensors(returned)
     copied(model)  # what passes do, they do on copies
-    checkpoint.saved_tensors(model)
+    checkpoint.saved_tensors(model)  # refuses now what could not be saved at the end
     if not outputs:
         raise ModelError(
             "the network returns no floating-point tensor; return the prediction as a tensor, tuple or mapping."

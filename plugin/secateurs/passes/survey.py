@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +19,14 @@ from torch import Tensor, nn
 from secateurs.attention import DescribeAttention, attention_groups
 from secateurs.data import Dataset
 from secateurs.errors import first_line
-from secateurs.forward import DOES_NOT_RUN, call, inference
+from secateurs.forward import DOES_NOT_RUN
 from secateurs.groups import Group, Limits, find_groups
 from secateurs.information import Order
 from secateurs.layers import is_matrix_layer, weight_dims, widths_of
 from secateurs.moments import unit_columns
 from secateurs.passes.base import ignoring
 from secateurs.plan import unnumbered
+from secateurs.probe import execution_order
 from secateurs.readers import observe_readers
 from secateurs.refit import following_norms, refittable
 from secateurs.report import Skipped
@@ -138,13 +138,8 @@ def _idle(model: nn.Module, example: Dataset) -> dict[str, int]:
     parts = {
         child for module in model.modules() if isinstance(module, nn.MultiheadAttention) for child in module.modules()
     }
-    called: set[nn.Module] = set()
-    with ExitStack() as stack:
-        for layer in layers.values():
-            stack.callback(layer.register_forward_pre_hook(lambda layer, _: called.add(layer)).remove)
-        with inference(model):
-            call(model, example)
-    return {name: widths_of(layer)[0] for name, layer in layers.items() if layer not in called | parts}
+    called = set(execution_order(model, example))
+    return {name: widths_of(layer)[0] for name, layer in layers.items() if name not in called and layer not in parts}
 
 
 def _unknown_reader(model: nn.Module, group: Group, idle: Mapping[str, int]) -> str | None:
